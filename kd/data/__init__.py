@@ -1,1 +1,1 @@
-"""Data: downloads, prepared copies, the embedded scenes, samples and their loader."""
+"""Datasets: download, resize and open them; samples of images and their loader."""

@@ -1,4 +1,4 @@
-"""Read annotated images for samples, and transform their objects with them."""
+"""Read annotated images for samples, and apply an image's augmentation to its objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kd.utils.images import grey_image, read_image, scaled_size
 def area_fractions(
     boxes: npt.NDArray[np.float32], areas: npt.NDArray[np.int64] | int
 ) -> npt.NDArray[np.float64]:
-    """Fractions of the images' areas that (K, 4) xyxy boxes cover, (K,)."""
+    """Fraction of its image's area that each of the (K, 4) xyxy boxes covers: (K,)."""
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
     fractions: npt.NDArray[np.float64] = sides.prod(axis=1) / areas
     return fractions
@@ -33,7 +33,10 @@ def known_labels(
     images: npt.NDArray[np.int64],
     labelled: Collection[int] | npt.NDArray[np.int64] | None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether each of some images has usable labels: its id is in `labelled` (None = all)."""
+    """Whether a student may use the labels of each of `images`, indices into `index`.
+
+    `labelled` contains the ids of the images with usable labels; None means all images.
+    """
     if labelled is None:
         return np.ones(len(images), np.bool_)
     ids = np.fromiter(labelled, np.int64, len(labelled))
@@ -48,20 +51,20 @@ def known_labels(
 def repeated(
     images: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], times: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Repeat the images with known labels, each `times` times in all; returns both arrays."""
+    """Repeat images with known labels until each occurs `times` times; return both arrays."""
     again = np.tile(np.flatnonzero(known), times - 1)
     return np.concatenate([images, images[again]]), np.concatenate([known, known[again]])
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of a dataset at a working size, from its folder or from a prepared copy.
+    """Reader of a dataset's images at a working size, from its folder or from a prepared copy.
 
     Attributes:
         index: The dataset.
-        size: Long side in pixels.
-        prepared: The copy, or None.
-        read_files: Whether files are read; otherwise all images are grey.
+        size: Long side of the images that are returned, in pixels.
+        prepared: A resized copy of the images to read instead of the originals, or None.
+        read_files: If false, no files are read and all images are grey.
     """
 
     index: CocoIndex
@@ -80,7 +83,7 @@ class ImageFiles:
     ) -> ImageFiles:
         """Open a dataset's images, or their copy in `prepared` (made by `kd.data.prepare`).
 
-        `largest` is the long side that the copy must have if that is more than `size`.
+        The copy's long side must be at least `largest` pixels, by default `size`.
         """
         copy = None
         if prepared is not None:
@@ -89,7 +92,7 @@ class ImageFiles:
         return ImageFiles(index, size, copy, read_files)
 
     def file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """Path of an image, prepared or not, and its height and width."""
+        """Path of the file that an image is read from, and the file's height and width."""
         stored = self.index.size_of(image)
         if self.prepared is None:
             return self.index.path(image), stored
@@ -97,7 +100,7 @@ class ImageFiles:
         return path, self.prepared.image_size(*stored)
 
     def read(self, image: int, size: int | None = None) -> Tensor:
-        """Read an image, (3, h, w) uint8, its long side `size` or the working size."""
+        """Read an image, its long side scaled to `size` (default: `self.size`): (3, h, w) uint8."""
         path, expected = self.file(image)
         side = self.size if size is None else size
         if not self.read_files:
@@ -108,7 +111,8 @@ class ImageFiles:
 class Objects(NamedTuple):
     """Objects of one image, in the coordinates of one sample.
 
-    `rows` (K,) of the index, `boxes` (K, 4) xyxy pixels, `fractions` (K,) of the image's area.
+    `rows` (K,) are the objects' rows in the index; `boxes` is (K, 4) xyxy in pixels; `fractions`
+    (K,) are the fractions of the image's area that the boxes cover.
     """
 
     rows: npt.NDArray[np.int64]
@@ -117,9 +121,9 @@ class Objects(NamedTuple):
 
 
 def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
-    """All objects of an image that was scaled to `size`, height and width.
+    """All objects of an image that was scaled to `size` = (height, width).
 
-    Area fractions are those of the file, unaffected by the rounding of `size`.
+    Area fractions are computed at the file's size, so the rounding of `size` does not affect them.
     """
     rows, original = index.rows_of(image), index.size_of(image)
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
@@ -141,10 +145,10 @@ def moved_objects(
 
     Args:
         index: The dataset, or its crowds.
-        image: Position in the index.
+        image: Index of the image in the dataset.
         size: Height and width of the scaled image.
         plan: The augmentation.
-        min_visible: Smallest fraction of a box that must remain, at least a pixel wide and high.
+        min_visible: Fraction of a box that must remain visible, and at least a pixel each way.
         cut_at_crop: Also clip boxes to the plan's crop, so that they never extend into the black
             border that a shift or a rotation adds.
     """
@@ -156,7 +160,7 @@ def moved_objects(
         corners = boxes.new_tensor([[left, top], [left + width, top + height]]).repeat(1, 2)
         boxes = boxes.clamp(corners[0], corners[1])
         moved = plan.boxes(boxes, size)
-        there = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)  # a line gets an area by rotation
+        there = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)  # a rotated box of no width gets an area
     boxes, remain = visible(moved, plan.size, min_visible, whole=whole)
     remain &= there
     boxes, rows = boxes[remain], rows[remain.numpy()]

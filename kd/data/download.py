@@ -1,7 +1,7 @@
 """Download public datasets: `python -m kd.data.download coco2017 --out DIR`.
 
-Archives are downloaded, verified by their checksums, unpacked and deleted; complete ones are
-skipped. Failed requests are repeated, and an interrupted download is resumed.
+Archives are downloaded, verified by their checksums, unpacked and deleted; those that were unpacked
+before are skipped. Failed requests are repeated, and an interrupted download is resumed.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Archive:
     """One zip file of a dataset.
 
     Attributes:
-        name: Name for `--only`.
+        name: Value of `--only` that selects this archive.
         location: Path relative to the base URL.
         md5: Checksum of the zip file.
-        packed: Bytes of the zip file.
-        unpacked: Bytes of its files, approximately.
-        folder: Folder of its files, relative to the dataset's folder.
-        files: Number of files.
+        packed: Size of the zip file in bytes.
+        unpacked: Approximate total size of the unpacked files in bytes.
+        folder: Folder of the unpacked files, relative to the dataset's folder.
+        files: Number of unpacked files.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Archive:
     files: int
 
 
-# Dataset -> the address that its archives are published below, and the archives.
+# Name of a dataset -> (base URL of its archives, the archives).
 DATASETS: dict[str, tuple[str, tuple[Archive, ...]]] = {
     "coco2017": (
         "http://images.cocodataset.org",
@@ -91,10 +91,11 @@ def download(
 ) -> None:
     """Download and unpack archives into the dataset's folder, except those that are complete.
 
-    `base_url` is the prefix of the archives' locations; `keep` keeps the zip files.
+    `base_url` is prepended to the archives' locations. If `keep`, zip files are not deleted. For
+    `retries` and `backoff` see `fetch`.
 
     Raises:
-        UserError: Too little space, or a failure of `fetch` or `unpack`.
+        UserError: The disk has too little free space, or `fetch` or `unpack` failed.
     """
     missing = [archive for archive in archives if not _is_complete(archive, out)]
     for archive in archives:
@@ -120,7 +121,7 @@ def download(
 
 
 def _is_complete(archive: Archive, out: Path) -> bool:
-    # Counting is enough: `unpack` names a file only once it is complete.
+    # Counting files is enough, because `unpack` gives a file its name only once it is complete.
     try:
         with os.scandir(out / archive.folder) as entries:
             files = sum(not entry.name.endswith(".part") for entry in entries if entry.is_file())
@@ -133,7 +134,7 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
     if not archives:
         return
     packed = [archive.packed for archive in archives]
-    # An archive is deleted once unpacked, so at most one exists at a time.
+    # Unless `keep`, each archive is deleted before the next is downloaded: count the largest.
     need = sum(archive.unpacked for archive in archives) + (sum(packed) if keep else max(packed))
     for archive in archives:
         name = PurePosixPath(archive.location).name
@@ -151,7 +152,7 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip file; existing files of the right size are skipped.
+    """Unpack a zip file, except for files that already exist with the right size.
 
     Raises:
         UserError: The archive is corrupt, an entry points outside `folder` or is a link, or the
@@ -182,7 +183,7 @@ def _target(archive: Path, entry: zipfile.ZipInfo, folder: Path) -> Path:
     outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
     if outside or stat.S_ISLNK(entry.external_attr >> 16):
         raise UserError(f"{archive}: unsafe entry {entry.filename!r}; nothing was unpacked")
-    return folder.joinpath(*path.parts)  # may pass through links, but only the user's own
+    return folder.joinpath(*path.parts)  # links in `folder` are followed: they are the user's
 
 
 def _unpack_one(
@@ -195,7 +196,7 @@ def _unpack_one(
     partial = target.with_name(f"{target.name}.part")
     try:
         with source.open(entry) as packed, partial.open("wb") as file:
-            while chunk := packed.read(_CHUNK):  # verifies the entry's CRC at the end
+            while chunk := packed.read(_CHUNK):  # the last read verifies the entry's CRC
                 file.write(chunk)
                 progress.advance(len(chunk))
         partial.replace(target)
@@ -204,7 +205,7 @@ def _unpack_one(
 
 
 class _Retry(Exception):
-    """A connection failure that may be temporary."""
+    """A failed request that is worth repeating."""
 
 
 def fetch(
@@ -221,16 +222,17 @@ def fetch(
     Bytes go to `PATH.part`, which is renamed once it is complete and verified.
 
     Args:
-        url: http or https.
+        url: An http or https address.
         path: Target file; its folder is created.
-        md5: Expected digest, hexadecimal.
-        retries: Attempts after the first without any progress.
-        backoff: Seconds before the second attempt; doubled for each further one, up to a minute.
-        timeout: Seconds without data from the server.
+        md5: Expected MD5 checksum in hexadecimal.
+        retries: How many times an attempt that makes no progress is repeated.
+        backoff: Seconds before the second attempt; doubled before each further one, up to a minute.
+        timeout: Seconds without data from the server after which an attempt fails.
 
     Raises:
-        UserError: Not found, refused, unreachable, wrong checksum, or the disk is full. Received
-            bytes are kept unless they are wrong.
+        UserError: The file is not found, access is denied, the server is unreachable, the checksum
+            is wrong, or the disk is full. Unless the checksum is wrong, the received bytes remain,
+            so that another call resumes.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url}: not an http or https address")
@@ -239,11 +241,11 @@ def fetch(
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".lock"):
             if path.exists() and _md5(path) == md5:
-                log.info("%s: already there", path)
+                log.info("%s: already downloaded", path)
                 return
             resumed = _size(part) > 0
             _receive_all(url, part, retries, backoff, timeout)
-            if resumed and _md5(part) != md5:  # the older bytes may be of another version
+            if resumed and _md5(part) != md5:  # the server may have changed the file
                 log.warning("%s: wrong checksum after resuming; downloading again", path)
                 part.unlink()
                 _receive_all(url, part, retries, backoff, timeout)
@@ -296,7 +298,7 @@ def _receive_all(url: str, part: Path, retries: int, backoff: float, timeout: fl
 
 
 def _receive(url: str, part: Path, timeout: float) -> None:
-    """Receive the rest of a file, or all of it from a server that does not support ranges."""
+    """Receive the rest of a file, or the whole file if the server does not support ranges."""
     received = _size(part)
     headers = {"User-Agent": "kd", "Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={received}-"} if received else {}
@@ -306,7 +308,7 @@ def _receive(url: str, part: Path, timeout: float) -> None:
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and received:
-                return  # all bytes are there, perhaps too many: the checksum tells
+                return  # nothing is left to receive; the caller verifies the checksum
             if error.code in _RETRYABLE:
                 raise _Retry(f"HTTP {error.code} {error.reason}") from None
             hint = _HINTS.get(error.code, "")
@@ -339,7 +341,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(reply: http.client.HTTPResponse) -> bytes:
-    # Separate from writing: both raise OSError, but only reading is worth a retry.
+    # Kept apart from writing because both raise OSError, but only reading is worth a retry.
     try:
         return reply.read1(_CHUNK)
     except (OSError, http.client.HTTPException) as error:
@@ -347,7 +349,7 @@ def _read(reply: http.client.HTTPResponse) -> bytes:
 
 
 class ByteProgress:
-    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %."""
+    """Progress in bytes, shown as a bar on a terminal and otherwise as a log line every 10 %."""
 
     def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
@@ -367,7 +369,7 @@ class ByteProgress:
         self.bar.stop()
 
     def advance(self, count: int) -> None:
-        """Add `count` bytes."""
+        """Add `count` bytes to those done."""
         self.done += count
         self.bar.advance(self.task, count)
         if self.bar.disable and self.total and 10 * self.done // self.total > self.tenth:
@@ -376,16 +378,16 @@ class ByteProgress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status, 2 after a user's mistake."""
+    """Run the command; return its exit status: 2 after a `UserError`, 130 if interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m kd.data.download", description="Download a public dataset."
     )
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
     names = sorted({a.name for _, archives in DATASETS.values() for a in archives})
-    parser.add_argument("--only", choices=names, action="append", help="only this part; repeatable")
-    parser.add_argument("--base-url", help="mirror with the same paths")
-    parser.add_argument("--keep", action="store_true", help="keep the zip files")
+    parser.add_argument("--only", choices=names, action="append", help="one archive; repeatable")
+    parser.add_argument("--base-url", help="address of a mirror that has the same paths")
+    parser.add_argument("--keep", action="store_true", help="keep zip files after unpacking")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     published, archives = DATASETS[options.dataset]

@@ -1,4 +1,4 @@
-"""Samples of whole images, or crops of them, with targets for their pixels."""
+"""Samples of images with a target map: random crops for training, whole images otherwise."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from kd.storage.fields import PREFIX, CachedField
 from kd.transforms.crops import Crop
 from kd.utils.images import file_size, read_image, resize
 
-MULTIPLE = 8  # divides the sides of inputs, so that maps of different strides match
-_SAMPLE_STREAM = 3  # separates the random numbers of samples from those of the loader's order
+MULTIPLE = 8  # divides the sides of inputs, so that feature maps of several strides align
+_SAMPLE_STREAM = 3  # random numbers of samples must differ from those of the loader's order
 
 
 class ImageSamples(Dataset[Sample], ABC):
-    """Samples as in docs/batch.md, indexed by (epoch, position).
+    """Base class of datasets of images with target maps, indexed by (epoch, position).
 
-    Everything random about a sample follows from (seed, epoch, position), in any process.
+    Samples are described in docs/batch.md. All random choices for a sample depend on (seed, epoch,
+    position) only, in any process.
 
     Args:
-        images: Files.
+        images: Image files.
         frame: Height and width of training samples, multiples of 8.
-        setting: Name of the frame's setting, for messages.
-        train: Crops for training; otherwise whole images, whose targets keep their own size.
+        setting: Config key of `frame`, for error messages.
+        train: Return random crops for training; otherwise whole images, with targets at the size of
+            the image file.
         seed: Random seed, 0 or more.
-        only: Positions of the images to use; None = all.
-        cached: Teacher outputs that come with training samples, as `stored.NAME`.
+        only: Indices into `images` of the images to use; None = all.
+        cached: Teacher outputs to add to training samples, as `stored.NAME`.
     """
 
     def __init__(
@@ -54,27 +56,27 @@ class ImageSamples(Dataset[Sample], ABC):
         self.places = np.arange(len(images)) if only is None else only
         self.cached = tuple(cached)
         sizes = set() if train else set(self.file_sizes())
-        self.alike = len(sizes) <= 1  # whole images of different sizes cannot be batched
+        self.alike = len(sizes) <= 1  # only whole images of one size can be batched
         self._whole = next(iter(sizes), frame)
 
     @abstractmethod
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """Sample the crop of a training image of the given height and width."""
+        """Sample the crop of a training image of size `own` = (height, width)."""
 
     @abstractmethod
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, multiples of 8, that an image is scaled to in evaluation."""
+        """Size in multiples of 8 at which an image of size `own` = (height, width) is evaluated."""
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """Targets of an image of size `own`, or of the crop `cut` of it in training."""
+        """Targets of image number `image`, of size `own`; in training, those of its crop `cut`."""
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.places)
 
     def together(self, batch_size: int) -> int:
-        """Batch size that takes about the memory of `batch_size` training samples."""
+        """Batch size that needs about as much memory as `batch_size` training samples."""
         if self.train:
             return batch_size
         height, width = self.seen(self._whole)
@@ -85,8 +87,8 @@ class ImageSamples(Dataset[Sample], ABC):
         """Build the sample of (epoch, position).
 
         Returns:
-            `images` (3, h, w) uint8; `sizes` (2,), its height and width; `image_ids` (), the
-            position in the split; the targets; in training the cached outputs.
+            `images` (3, h, w) uint8; `sizes` (2,), the height and width h, w; `image_ids` (), the
+            image's index in the split; the targets; in training, also the cached teacher outputs.
         """
         epoch, position = place
         image = int(self.places[position])
@@ -111,12 +113,12 @@ class ImageSamples(Dataset[Sample], ABC):
         return sample
 
     def file_sizes(self) -> list[tuple[int, int]]:
-        """Height and width of every file, from its header."""
+        """Height and width of every image file, read from its header."""
         return [file_size(self.images[place]) for place in self.places]
 
 
 def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int, int]:
-    """Height and width rounded to multiples of `unit` pixels."""
+    """Round a height and width to multiples of `unit` pixels, at least `unit`."""
     sides = (max(unit, round(side / unit) * unit) for side in (height, width))
     return next(sides), next(sides)
 
@@ -124,10 +126,10 @@ def in_multiples(height: float, width: float, unit: int = MULTIPLE) -> tuple[int
 def check_targets(
     splits: Iterable[tuple[Sequence[Path], Callable[[int, tuple[int, int]], object]]],
 ) -> None:
-    """Read all images and targets once; the first five mistakes are listed.
+    """Read all images and targets once; raise a UserError that lists the first five failures.
 
-    `splits` holds pairs: image files, and a function that reads the target of an image, given its
-    position and (height, width).
+    Each split is a pair: its image files, and a function that reads the target of an image, given
+    the image's index in the split and its (height, width).
     """
     mistakes = []
     for images, target in splits:

@@ -1,4 +1,4 @@
-"""Loader of batches in an order that depends on (seed, epoch) only."""
+"""Loader that yields batches in an order that depends on (seed, epoch) only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kd.errors import UserError
 from kd.storage.fields import PREFIX
 
 Sample = dict[str, Tensor]
-# Keys with a row for each object of an image, which are concatenated; all others are stacked.
+# Keys whose tensors have a row per object; a batch concatenates them and stacks all others.
 _ROWS = ("boxes", "labels", "object_ids", "area_fractions", "usable", "hide_fraction", "segments",
          "also_hidden", "crowds", "hidden")  # fmt: skip
-_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # image of each row of that key
-_POINTERS = {"hidden": "labels"}  # indices of rows of that key
+_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # added key: image index of each row of
+_POINTERS = {"hidden": "labels"}  # the first key contains row indices into the second
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to the batch of docs/batch.md: concatenate rows of objects, stack the rest."""
+    """Join samples to a batch (docs/batch.md): concatenate rows of objects, stack the rest."""
     counts = {
         key: torch.tensor([len(sample[key]) for sample in samples])
         for key in {*_OWNERS.values(), *_POINTERS.values()} & samples[0].keys()
@@ -47,19 +47,19 @@ def collate(samples: Sequence[Sample]) -> Sample:
 def to_device(
     batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
 ) -> dict[str, Tensor]:
-    """Move a batch to a device, its images in the memory format of the model."""
+    """Move a batch to a device; convert its images to `channels_last` memory format if asked."""
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     if channels_last:
         moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
     return moved
 
 
-_ORDER_STREAM = 2  # separates the random numbers of the order from those of samples
+_ORDER_STREAM = 2  # random numbers of the order must differ from those of samples
 _PREFETCH = 4
 
 
 class Samples(Protocol):
-    """A dataset indexed by (epoch, position); samples differ between epochs if `train`."""
+    """A dataset indexed by (epoch, position), augmented differently in each epoch if `train`."""
 
     train: bool
 
@@ -68,7 +68,7 @@ class Samples(Protocol):
         ...
 
     def together(self, batch_size: int) -> int:
-        """Batch size for about the memory of `batch_size` training samples; 1 if shapes differ."""
+        """Batch size that needs the memory of `batch_size` training samples; 1 if shapes differ."""
         ...
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
@@ -77,10 +77,10 @@ class Samples(Protocol):
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of one rank, as lists of (epoch, position).
+    """Sampler of one rank's batches, as lists of (epoch, position).
 
-    The global batches do not depend on the number of ranks; each rank takes a contiguous part.
-    `length` is the number of samples; the other arguments are those of `SampleLoader`.
+    Global batches do not depend on the number of ranks: each rank takes a contiguous part of every
+    global batch. `length` is the number of samples; for the other arguments see `SampleLoader`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.epoch, self.start_batch = 0, 0
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Positions in the order of an epoch, (length,)."""
+        """Positions of all samples in the order of an epoch, (length,)."""
         if not self.shuffle:
             return np.arange(self.length)
         return np.random.default_rng((_ORDER_STREAM, self.seed, epoch)).permutation(self.length)
@@ -115,7 +115,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, position) for position in order[part].tolist()]
 
     def _parts(self, start_batch: int) -> Iterator[slice]:
-        """This rank's slice of each global batch; none of a last batch with too few samples."""
+        """Yield this rank's slice of each global batch; skip a last batch that has none for it."""
         whole = self.length // self.batch_size * self.batch_size
         end = whole if self.drop_last else self.length
         for start in range(start_batch * self.batch_size, end, self.batch_size):
@@ -129,7 +129,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """The message of a `UserError`: a raised one would return wrapped in a worker's traceback."""
+    """A worker's `UserError`, sent as a message because raising it would add a traceback."""
 
     message: str
 
@@ -150,19 +150,19 @@ def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
 
 
 class SampleLoader:
-    """Iterates over one epoch's batches of one rank, as in docs/batch.md.
+    """Loader of one rank's batches (docs/batch.md); an iteration is one epoch.
 
-    Workers start with the first iteration and persist.
+    Workers start with the first iteration and keep running.
 
     Args:
         dataset: The samples.
         batch_size: Global batch size, over all ranks.
         seed: Seed of the order, 0 or more.
-        shuffle: Use a new order each epoch; otherwise 0, 1, 2, ...
-        workers: Loading processes; 0 loads in this one. The batches are the same.
-        rank: This process.
-        world: Number of processes.
-        drop_last: Drop an incomplete last batch.
+        shuffle: Use a new order in each epoch; otherwise 0, 1, 2, ...
+        workers: Number of loading processes, on which batches do not depend; 0 loads in this one.
+        rank: Rank of this process.
+        world: Number of ranks.
+        drop_last: Drop an incomplete last global batch.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class SampleLoader:
         if batch_size < world:
             raise UserError(f"batch_size: {batch_size} images are too few for {world} processes")
         if drop_last and count < batch_size:
-            raise UserError(f"batch_size: {batch_size} is more than the {count} images")
+            raise UserError(f"batch_size: {batch_size} is more than the dataset's {count} images")
         last = count % batch_size
         if dataset.train and not drop_last and 0 < last < world:
             raise UserError(
@@ -202,12 +202,12 @@ class SampleLoader:
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_one_thread,
-            # the workers' seeds are drawn from here, not from the global generator
+            # used to seed workers, so that the global generator's state does not change
             generator=torch.Generator().manual_seed(seed),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Set the epoch of the next iteration, and how many batches to skip without loading."""
+        """Set the epoch of the next iteration; its first `start_batch` batches are not loaded."""
         self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
@@ -215,7 +215,7 @@ class SampleLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield batches; a worker's `UserError` is raised again here, without its traceback."""
+        """Yield batches; raise a worker's `UserError` without the worker's traceback."""
         for batch in self._batches:
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)

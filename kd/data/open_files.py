@@ -1,4 +1,4 @@
-"""Find a dataset's folder; open and check its two splits."""
+"""Find a dataset's folder; open and check its train and val splits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kd.formats.splits import Layout
 from kd.formats.to_coco import coco_split
 from kd.registry import is_foreign, resolve
 
-DATASETS = Path("datasets")  # folder of datasets, in the working directory
-DECODED_FIRST = 2000  # images of a split that are decoded before training, in two seconds
+DATASETS = Path("datasets")  # default folder of datasets, relative to the working directory
+DECODED_FIRST = 2000  # splits up to this size are decoded before training, in two seconds
 
 
 class AnnotatedSection(Protocol):
-    """A data section whose splits are COCO JSONs, or names in another layout."""
+    """A config's data section; each split is a COCO JSON, or a split's name in another layout."""
 
     @property
     def name(self) -> str: ...
@@ -47,10 +47,10 @@ def open_annotated(
     The embedded scenes are rendered if missing; other layouts are converted to COCO JSONs.
 
     Args:
-        section: The dataset's section.
+        section: The config's data section.
         layout: "coco", a name in `kd.formats.LAYOUTS` or `package.module:attribute`.
         classes: Custom class names, for layouts that allow them.
-        images: Whether images are needed.
+        images: Check the images too; set to False where only annotations are needed.
     """
     if section.generate is not None:
         made = section.generate
@@ -64,9 +64,9 @@ def open_annotated(
     )
     first = load_coco(*train, check_images=images)
     second = load_coco(*val, check_images=images, categories_from=first)
-    if section.generate is None and images:  # generated files are intact
+    if section.generate is None and images:  # generated images need no check
         for index in (first, second):
-            if len(index) <= DECODED_FIRST:  # rather than fail in the middle of training
+            if len(index) <= DECODED_FIRST:  # else training may fail halfway
                 raise_first(check_images_decode(index))
     return first, second
 
@@ -78,7 +78,7 @@ def split_paths(
     layout: str = "coco",
     classes: Sequence[str] | None = None,
 ) -> tuple[Path, Path]:
-    """COCO JSON of a split, converted from another layout if necessary, and its image folder."""
+    """Paths of a split's COCO JSON, converted if in another layout, and of its image folder."""
     root = root_of(section, holds=_known_by(section, layout))
     if isinstance(split, Split):
         return root / split.annotations, root / split.images
@@ -88,7 +88,7 @@ def split_paths(
 def train_annotations(
     section: AnnotatedSection, *, layout: str = "coco", classes: Sequence[str] | None = None
 ) -> Path | None:
-    """COCO JSON of the train split; None if it is missing."""
+    """Path of the train split's COCO JSON; None if it is missing or cannot be converted."""
     try:
         path = split_paths(section, section.train, layout=layout, classes=classes)[0]
     except UserError:
@@ -107,14 +107,14 @@ def class_names(
 
 
 def _known_by(section: AnnotatedSection, layout: str) -> str:
-    """Path in a folder by which the dataset is recognised."""
+    """Relative path that the dataset's folder must contain."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return layout_holds(layout, section.train)
 
 
 def layout_holds(layout: str, split: str) -> str:
-    """Path by which a folder in a layout is recognised; empty for a custom layout."""
+    """Relative path that a folder in this layout must contain; empty for a custom layout."""
     if is_foreign(layout):
         return ""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
@@ -122,7 +122,7 @@ def layout_holds(layout: str, split: str) -> str:
 
 
 def root_of(section: AnnotatedSection, *, holds: str) -> Path:
-    """Folder of a dataset: the section's root, or the usual place that contains `holds`."""
+    """Folder of a dataset: the section's root, or the first default folder that has `holds`."""
     if section.root is not None:
         return Path(os.path.expandvars(section.root)).expanduser()
     if section.generate is not None:
@@ -134,6 +134,6 @@ def root_of(section: AnnotatedSection, *, holds: str) -> Path:
         if (folder / section.name / holds).exists():
             return folder / section.name
     raise UserError(
-        f"dataset {section.name}: not found in {', '.join(map(str, tried))}; name its folder with "
+        f"dataset {section.name}: not found in {', '.join(map(str, tried))}; set its folder with "
         "--set data.root=DIR"
     )

@@ -2,10 +2,14 @@
 
     python -m kd.data.prepare --annotations JSON --images DIR --size 384 --out DIR
 
-DIR then contains `images/`, JPEGs with a long side of at most SIZE; `annotations.json`, the
-annotations at that scale, a COCO file to train on; and `prepared.json`, with which
-`ObjectSamples(prepared=DIR)` reads these images for the original annotations. PNG sources become
-JPEGs of quality 95 too: a PNG of this size takes four times as long to decode.
+DIR then contains:
+
+- `images/`: the images as JPEGs, with a long side of at most SIZE pixels;
+- `annotations.json`: the annotations scaled like the images, a COCO JSON to train on;
+- `prepared.json`: the settings, which allow `ObjectSamples(prepared=DIR)` to read these images in
+  place of the originals, with the original annotations.
+
+PNGs become JPEGs of quality 95 too, because PNGs of this size take four times as long to decode.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ log = logging.getLogger(__name__)
 _DECIMALS = 3
 _QUALITY = 95
 _FORMAT = 1
-_DIGEST = 32  # hexadecimal digits of the JSON's SHA-256, as in an index's fingerprint
+_DIGEST = 32  # hexadecimal digits of a JSON's SHA-256 that `CocoIndex.fingerprint` has too
 _CHUNK = 16
 _LISTED = 10
 _JPEG = (".jpg", ".jpeg")
@@ -56,13 +60,13 @@ def scale_annotations(
     rescale: Callable[[int, int], Size],
     rename: Callable[[str], str],
 ) -> Json:
-    """Scale a COCO JSON's content; unknown keys are copied.
+    """Scale the images and annotations of a COCO JSON; other keys are copied.
 
     Args:
-        dataset: The content, which is not modified.
-        leave_out: Ids of images to drop with their annotations.
-        rescale: Maps an image's height and width to the new ones.
-        rename: Maps an image's file name to the new one.
+        dataset: Content of the JSON, which is not modified.
+        leave_out: Ids of images to drop, together with their annotations.
+        rescale: Returns an image's new (height, width), given the old height and width.
+        rename: Returns an image's new file name, given the old one.
     """
     images, scales = [], {}
     for entry in dataset["images"]:
@@ -93,20 +97,20 @@ def _scale_annotation(entry: Json, size: Size, scale: tuple[float, float]) -> Js
         try:
             changed["segmentation"] = _scale_run_lengths(segment, size)
         except (TypeError, ValueError, KeyError):
-            del changed["segmentation"]  # corrupt: the box remains
+            del changed["segmentation"]  # it is corrupt; the object keeps its box
     return changed
 
 
 def _scale_pairs(values: Any, scale: tuple[float, float]) -> Any:
     if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        return values  # a broken ring, which the reader of the copy counts
+        return values  # an invalid polygon, which is counted when the copy is opened
     return [round(value * scale[place % 2], _DECIMALS) for place, value in enumerate(values)]
 
 
 def _scale_run_lengths(segment: Json, size: Size) -> Json:
     if isinstance(segment["counts"], list):
         segment = run_lengths.frPyObjects(segment, *segment["size"])
-    import torch  # takes seconds: only where it is used, so that --help answers at once
+    import torch  # not at the top, because it takes seconds and --help does not need it
     from torch.nn.functional import interpolate
 
     mask = torch.from_numpy(run_lengths.decode(segment))
@@ -116,25 +120,25 @@ def _scale_run_lengths(segment: Json, size: Size) -> Json:
 
 @dataclass(frozen=True)
 class PreparedCopy:
-    """A folder written by `prepare`; `size` is the longest side of its images in pixels."""
+    """A folder written by `prepare`; the long side of its images is at most `size` pixels."""
 
     folder: Path
     size: int
 
     @staticmethod
     def open(folder: Path, *, at_least: int, fingerprint: str) -> PreparedCopy:
-        """Open a copy.
+        """Open a prepared copy; raise a UserError unless it is complete and fits the dataset.
 
         Args:
-            folder: The value of `--out`.
-            at_least: Required long side, pixels.
-            fingerprint: `CocoIndex.fingerprint` of the original: images of other datasets may have
-                the same names.
+            folder: The folder that was given to `prepare` as `--out`.
+            at_least: Smallest acceptable `size`, pixels.
+            fingerprint: `CocoIndex.fingerprint` of the dataset, which must be the one that was
+                copied; names alone prove nothing, as other datasets may have the same names.
         """
         again = f"run: python -m kd.data.prepare --size {at_least} --out {folder} ..."
         settings = _read_settings(folder)
         if settings is None:
-            raise UserError(f"{folder}: holds no prepared copy; {again}")
+            raise UserError(f"{folder}: is not a prepared copy; {again}")
         if not (folder / "annotations.json").is_file():
             raise UserError(f"{folder}: the prepared copy is unfinished; to resume, {again}")
         if not fingerprint.startswith(settings["annotations"]):
@@ -149,29 +153,29 @@ class PreparedCopy:
         return PreparedCopy(folder, settings["size"])
 
     def path(self, file_name: str) -> Path:
-        """Path of the copy of an image with this file name."""
+        """Path of the copy of the image whose original file name is `file_name`."""
         return self.folder / "images" / _copy_name(file_name)
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the copy of an image of this size."""
+        """Height and width of the copy of an image of the given original size."""
         return _copy_size(height, width, self.size)
 
 
 def prepare(
     annotations: Path, images: Path, out: Path, *, size: int, workers: int = 0
 ) -> list[str]:
-    """Write the copy; an interrupted call is resumed.
+    """Write a resized copy of a dataset; calling it again resumes an interrupted copy.
 
     Args:
         annotations: COCO instances JSON.
         images: Folder of its images.
         out: Folder to write.
-        size: Longest side, pixels; smaller images keep their size.
-        workers: Processes; 0 works in this one.
+        size: Long side in pixels; smaller images are not resized.
+        workers: Number of processes that resize; 0 resizes in this one.
 
     Returns:
-        One message for each unreadable image. Those images and their objects are left out of the
-        new annotations.
+        A message for each unreadable image. The new annotations omit these images and their
+        objects.
     """
     if size < 1:
         raise UserError(f"--size: got {size}, expected 1 pixel or more")
@@ -184,7 +188,7 @@ def prepare(
             target = out / "images" / _copy_name(entry["file_name"])
             if not target.resolve().is_relative_to(out.resolve()):
                 raise UserError(
-                    f"image {entry['id']}: file name {entry['file_name']!r} leaves {out}"
+                    f"image {entry['id']}: file name {entry['file_name']!r} is a path outside {out}"
                 )
         copies = _copy_all(entries, images, out, size, workers)
         progress = track(copies, "Resizing", len(entries), disable=not sys.stderr.isatty())
@@ -195,7 +199,7 @@ def prepare(
         }
         if len(bad) == len(entries):
             raise UserError(
-                f"{images}: no image could be read; the first: {next(iter(bad.values()))}"
+                f"{images}: no image could be read; the first error: {next(iter(bad.values()))}"
             )
         smaller = scale_annotations(
             dataset, leave_out=bad, rename=_copy_name,
@@ -210,7 +214,7 @@ def prepare(
 def _copy_all(
     entries: Sequence[Json], images: Path, out: Path, size: int, workers: int
 ) -> Iterator[str | None]:
-    """Copy images, in order; yields the message of each unreadable one and None for the others."""
+    """Copy images; yield, in their order, None or the error message of an unreadable image."""
     copy = functools.partial(_copy_image, images, out, size)
     if workers == 0:
         yield from map(copy, entries)
@@ -230,7 +234,7 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
     source, target = images / entry["file_name"], out / "images" / _copy_name(entry["file_name"])
     with contextlib.suppress(OSError):
         if target.stat().st_mtime >= source.stat().st_mtime:
-            return None  # complete, and not older than its source
+            return None  # a complete copy that is not older than its source
     expected = (entry["height"], entry["width"])
     small = max(expected) <= size
     from kd.utils.images import read_image
@@ -242,7 +246,7 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
     if small and source.suffix.lower() in _JPEG:
-        shutil.copyfile(source, unfinished)  # encoding it again would only lose quality
+        shutil.copyfile(source, unfinished)  # encoding a JPEG again would only lose quality
     else:
         array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
         Image.fromarray(array).save(unfinished, "JPEG", quality=_QUALITY)
@@ -251,7 +255,7 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
 
 
 def _copy_name(file_name: str) -> str:
-    """Name of a copy: a JPEG's own; .jpg is appended to others, as a.png may be beside a.jpg."""
+    """Name of a copy: .jpg is appended unless it is a JPEG, as a.png may lie beside a.jpg."""
     return file_name if Path(file_name).suffix.lower() in _JPEG else f"{file_name}.jpg"
 
 
@@ -267,13 +271,13 @@ def _claim(out: Path, size: int, digest: str) -> None:
     found = _read_settings(out)
     if found is None:
         if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out}: is not empty and holds no prepared copy; name a new folder")
+            raise UserError(f"{out}: is not empty and not a prepared copy; choose a new folder")
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "prepared.json", json.dumps(settings))
     elif found != settings:
         raise UserError(
-            f"{out}: holds a copy of {found['size']} pixels of annotations {found['annotations']}, "
-            f"not {size} pixels of {source}; name another folder"
+            f"{out}: is a copy of {found['size']} pixels of annotations {found['annotations']}, "
+            f"not of {size} pixels of annotations {source}; choose another folder"
         )
 
 
@@ -286,18 +290,20 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete the folder") from None
     if not isinstance(settings, dict) or settings.get("format") != _FORMAT:
-        raise UserError(f"{path}: is of another version; prepare a new folder")
+        raise UserError(f"{path}: was written by another version of kd; prepare a new folder")
     return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; exit status 1 if images were left out, 2 for a user's mistake."""
+    """Run the command; return its exit status: 1 if images were left out, 2 for a `UserError`."""
     parser = argparse.ArgumentParser(prog="python -m kd.data.prepare", description=__doc__)
     parser.add_argument("--annotations", type=Path, required=True, help="COCO instances JSON")
     parser.add_argument("--images", type=Path, required=True, help="folder of its images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=384, help="longest side, pixels")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the copy to")
+    parser.add_argument("--size", type=int, default=384, help="long side of copies, pixels")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes that resize"
+    )
     options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

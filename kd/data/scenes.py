@@ -2,11 +2,17 @@
 
     python -m kd.data.scenes --out datasets/scenes
 
-writes `train/`, `val/` (PNG, since JPEG artefacts outside an object's box would reveal it when
-hidden), `annotations/instances_{train,val}.json`, `annotations/posteriors_{train,val}.npz` with the
-exact posterior of every object (`object_ids` (K,), `log_probs_pixels` and `log_probs_annotations`
-(K, C) float32; see `kd.scenes.generative_model.exact_posteriors`), and `scenes.json` with the
-arguments. The same arguments give the same bytes; a longer dataset begins with the shorter one.
+writes to the folder:
+
+- `train/` and `val/`: the images, as PNG because JPEG artefacts outside the box of a hidden object
+  would reveal its class;
+- `annotations/instances_{train,val}.json`: the objects;
+- `annotations/posteriors_{train,val}.npz`: the exact posterior of every object, as `object_ids`
+  (K,), `log_probs_pixels` and `log_probs_annotations` (K, C) float32; see
+  `kd.scenes.generative_model.exact_posteriors`;
+- `scenes.json`: the arguments.
+
+The same arguments give the same bytes. With more scenes, a split begins with the same scenes.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from kd.scenes.generative_model import CANVAS, WORLD, exact_posteriors, sample_s
 from kd.scenes.render import paint_scene
 from kd.utils.io import new_folder
 
-VERSION = 1  # increase when the same arguments give other scenes
+VERSION = 1  # increase when a code change makes the same arguments give other scenes
 SPLITS = ("train", "val")
 FIRST_VAL_IMAGE = 1_000_001  # keeps the ids of the two splits disjoint
 OBJECTS_PER_IMAGE = 10  # object id = image id * 10 + position from the left
@@ -67,7 +73,7 @@ def generate_scenes(
     workers: int = 1,
     progress: bool = False,
 ) -> Path:
-    """Write the embedded scenes, unless `out` already holds the same ones.
+    """Write the embedded scenes, unless `out` already contains the same ones.
 
     Args:
         out: Folder to create.
@@ -75,11 +81,11 @@ def generate_scenes(
         val: Number of validation scenes.
         size: Side of the images in pixels, a multiple of 64.
         seed: Random seed.
-        workers: Processes; above 1 the caller's script needs a `__main__` guard.
+        workers: Number of processes; if above 1, the calling script needs a `__main__` guard.
         progress: Show a progress bar.
 
     Raises:
-        UserError: An argument is out of range, or `out` holds something else.
+        UserError: An argument is out of range, or `out` contains other files.
     """
     out = Path(out)
     _check(train=train, val=val, size=size, seed=seed, workers=workers)
@@ -92,7 +98,7 @@ def generate_scenes(
         with new_folder(out) as folder:
             _write_all(folder, metadata, workers=workers, progress=progress)
     except UserError:
-        if not _is_there(out, metadata):  # else another process wrote the same scenes first
+        if not _is_there(out, metadata):  # if it is, another process wrote them first
             raise
     return out
 
@@ -123,7 +129,7 @@ def _fingerprint(recipe: Json) -> str:
         f"{module.__name__}.{name}": repr(value)
         for module in (vocabulary, generative_model, shapes, render)
         for name, value in vars(module).items()
-        # WORLD follows from the others; functions print as their address
+        # WORLD follows from the other constants; the repr of _TEXTURES has addresses of functions
         if name.isupper() and name not in ("WORLD", "_TEXTURES")
     }
     text = json.dumps([VERSION, recipe, constants], sort_keys=True)
@@ -131,7 +137,7 @@ def _fingerprint(recipe: Json) -> str:
 
 
 def _is_there(out: Path, metadata: Json) -> bool:
-    """Whether `out` holds the requested scenes; raises if it holds anything else."""
+    """Whether `out` contains the requested scenes; raise a UserError if it has other files."""
     if not out.exists():
         return False
     if not out.is_dir():
@@ -159,17 +165,17 @@ def _is_there(out: Path, metadata: Json) -> bool:
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[Any]:
-    """Yield a function (work, count) -> results of work(0), work(1), ... in order."""
+    """Yield a function (work, count) that returns the results of work(0), work(1), ... in order."""
     if workers == 1:
         yield lambda work, count: map(work, range(count))
         return
-    # Not forked: the caller may run threads, whose locks a fork would copy in a locked state.
+    # Not forked, because a fork would copy locks that threads of the caller may have acquired.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield lambda work, count: pool.imap(work, range(count), chunksize=32)
 
 
 def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Rendered:
-    """Sample, render and save one scene, seeded by seed, split and index only."""
+    """Sample, render and save one scene, which depends on seed, split and index only."""
     entropy = (seed, SPLITS.index(split), index)
     scene = sample_scene(np.random.default_rng([*entropy, 0]))
     painting = paint_scene(scene, (*entropy, 1), size=size)
@@ -225,7 +231,7 @@ def _write_split(folder: Path, split: str, rendered: list[_Rendered]) -> None:
 
 
 def categories() -> list[Json]:
-    """COCO categories; classes with the same `look` are separated by context only."""
+    """COCO categories of the scenes; only context separates classes with the same `look`."""
     return [
         {"id": i, "name": name, "supercategory": group, "look": look}
         for i, (name, (look, group)) in enumerate(vocabulary.CLASSES.items(), start=1)
@@ -233,7 +239,7 @@ def categories() -> list[Json]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m kd.data.scenes`; returns the exit status."""
+    """Run `python -m kd.data.scenes`; return the exit status, 2 after a `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m kd.data.scenes", description="Write the embedded scenes as COCO JSON + PNG."
     )

@@ -1,11 +1,12 @@
 """Readers and writers of dataset files: COCO, VOC, KITTI, label maps, fixations.
 
-`LAYOUTS` registers the published layouts, without importing torch. A custom layout is a function
-`package.module:attribute` of the dataset's folder and a split's name:
+`LAYOUTS` registers the published layouts, without importing torch. A custom layout is named
+`package.module:attribute`, a function that opens one split. `root` is the dataset's folder, `split`
+the split's name:
 
-- of boxes: (root, split) -> the content of a COCO instances JSON and the folder of its images;
-- of label maps: (root, split) -> `kd.formats.segmentation.LabelMapSplit`;
-- of fixations: (root, split, options) -> `kd.formats.fixations.GazeSplit`.
+- boxes: (root, split) -> the content of a COCO instances JSON, and the folder of the images;
+- label maps: (root, split) -> `kd.formats.segmentation.LabelMapSplit`;
+- fixations: (root, split, options) -> `kd.formats.fixations.GazeSplit`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LAYOUTS: dict[str, Entry] = {
 
 
 def check_layout(name: str, problem: str, *, annotated: str) -> str:
-    """Return a layout's name, which must fit a problem; `annotated` is its COCO-format layout."""
+    """Return `name` if it is a layout for `problem`; `annotated` names the COCO-format layout."""
     known = [annotated, *(one for one, entry in LAYOUTS.items() if entry.problem == problem)]
     if name not in known and not is_foreign(name):
         raise ValueError(f"unknown layout {name!r}{all_names(name, known)}")

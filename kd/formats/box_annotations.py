@@ -1,8 +1,8 @@
 """Parts shared by the readers that convert box annotations to COCO JSONs.
 
-A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the content, `instances_file` stores
-it beside the data for `kd.formats.coco` and `kd.formats.coco_results`. Objects that a benchmark
-ignores are crowds in the JSON, with the reasons in fields of their own.
+A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the JSON's content, and
+`instances_file` writes it beside the data, where `kd.formats.coco` and `kd.formats.coco_results`
+read it. Objects that a benchmark ignores are crowds in the JSON; additional fields say why.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class CocoContent:
         self._objects: list[Json] = []
 
     def add_image(self, image_id: int, file_name: str, *, height: int, width: int) -> None:
-        """Add an image; further objects belong to it."""
+        """Add an image, to which all objects added next belong."""
         image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
         self._images.append(image)
 
     def add_object(self, name: str, corners: Corners, *, crowd: bool, **fields: object) -> None:
         """Add an object to the last image.
 
-        `corners` are x1, y1, x2, y2 in pixels, continuous: 0 to 16 is 16 wide. Detections on a
-        crowd are ignored.
+        `corners` are x1, y1, x2, y2 in continuous pixel coordinates: a box from 0 to 16 is 16 wide.
+        The evaluation ignores detections that match a `crowd`.
         """
         x1, y1, x2, y2 = corners
         self._objects.append(
@@ -55,7 +55,7 @@ class CocoContent:
         )
 
     def done(self, where: Path) -> Json:
-        """Return the content; raises a UserError beginning with `where` if there are no objects."""
+        """Return the content; raise a UserError prefixed with `where` if it has no objects."""
         if not self._objects:
             count = len(self._images)
             raise UserError(f"{where}: no object of a known class in {count} images")
@@ -65,9 +65,10 @@ class CocoContent:
 
 
 def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
-    """Concatenate JSONs of the same classes; `folders` prefix each one's file names.
+    """Concatenate COCO JSONs of the same classes into one.
 
-    Unique image ids stay, otherwise images are numbered from 1; objects are numbered from 1.
+    `folders` are the folders of each JSON's images, which are prepended to the file names. If all
+    image ids differ, they are unchanged, else images are renumbered from 1; objects always are.
     """
     images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
     unique = len({image["id"] for _, image in images}) == len(images)
@@ -92,10 +93,10 @@ def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
 
 
 def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
-    """Write a JSON to `root/annotations`, or to `$KD_CACHE` (`~/.cache/kd`) if that is read-only.
+    """Write `instances_NAME.json` to `root/annotations`, or to the cache if that is read-only.
 
-    The file is `instances_NAME.json`. An identical one is left alone, so that its index stays
-    valid.
+    The cache is `$KD_CACHE`, by default `~/.cache/kd`. An existing file with the same content is
+    not written again, so that its index remains valid.
     """
     data = json.dumps(content, separators=(",", ":")).encode()
     paths = instances_paths(root, name)
@@ -114,15 +115,15 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
 
 
 def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """Candidate paths of `instances_file`: beside the data, and in the cache."""
+    """The two paths that `instances_file` may write to: beside the data, and in the cache."""
     file = f"instances_{name}.json"
     return root / "annotations" / file, cache_path("boxed", root, file)
 
 
 def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
-    """Line numbers and image names of a split's file, which holds one name per line.
+    """Read a split's file, one image name per line: (line number, name) of each image.
 
-    If it is missing, the other files of `folder` are suggested.
+    If the file is missing, the error message lists the other splits in `folder`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -150,9 +151,10 @@ def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
 
 
 def image_ids(names: Sequence[str]) -> list[int]:
-    """Id of each name: its digits (2007000027 for 2007_000027), else its position from 1.
+    """Derive an integer id for each image name from its digits: 2007000027 for 2007_000027.
 
-    Digits are the same in every split; they are used if each name has some and all differ.
+    Such an id is the same in every split. If a name has no digits, has more than 18, or two names
+    have the same number, the ids are the positions in `names` instead, counted from 1.
     """
     digits = ["".join(letter for letter in name if letter in "0123456789") for name in names]
     if all(digits) and len(set(map(int, digits))) == len(names) and max(map(len, digits)) < 19:

@@ -1,8 +1,8 @@
-"""Class-id maps: drawn once from the annotations, stored, and loaded.
+"""Maps with the class of each pixel, drawn once from COCO annotations and stored.
 
-0 is background, 1 + c is class c. Smaller objects are drawn over larger ones. Each object is its
-exact segment if it has one, else its box, drawn at the size of the map, which is only resampled by
-nearest neighbour.
+In a map, 0 is background and 1 + c is class c. Smaller objects are drawn over larger ones. An
+object is drawn as its exact segment if it has one, otherwise as its box, directly at the map's
+size. Maps are only ever resampled by nearest neighbour.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from kd.utils.io import cache_path, may_write
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # increase when the same annotations give other maps
+VERSION = 1  # increase when the same annotations would be drawn differently
 SHARD_BYTES = 64 << 20
 
 Map = npt.NDArray[np.uint8 | np.int16]
 
 
 class ClassMaps:
-    """Class-id maps of a dataset, stored at one size (long side, pixels).
+    """Class-id maps of a dataset's images, stored with a long side of `size` pixels.
 
-    They are drawn on first use into a folder beside the dataset's index, or in the cache if that is
-    read-only, and redrawn when the annotations or the way of drawing have changed.
+    The maps are drawn on first use and stored beside the dataset's index, or in the cache if that
+    folder is read-only. They are redrawn when the annotations or the drawing code have changed.
     """
 
     def __init__(self, index: CocoIndex, size: int) -> None:
@@ -50,16 +50,16 @@ class ClassMaps:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Everything that the maps depend on."""
+        """Everything that the maps depend on; stored maps with another value are redrawn."""
         return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
 
     def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:
-        """Load the map of an image and apply the plan of its image.
+        """Load the map of an image and augment it like the image.
 
         Args:
-            image: Position in the index.
+            image: Index of the image in `index`.
             plan: Augmentation of the image.
-            size: Height and width of the input image, whose long side is that of the maps.
+            size: Height and width of the image before augmentation; its long side is the maps'.
 
         Returns:
             (size, size) uint8, or int16 for 256 or more classes; 0 in the padding.
@@ -67,7 +67,7 @@ class ClassMaps:
         ids = self.index.image_ids[image : image + 1].astype(np.int64)
         own = scaled_size(*self.index.size_of(image), self.size)
         stored = torch.from_numpy(self.store.read(ids)["values"])[:, : own[0], : own[1]]
-        if own != size:  # sides of a prepared copy are rounded twice
+        if own != size:  # the short side of a prepared copy was rounded twice
             stored = F.interpolate(stored[None].float(), size, mode="nearest")[0].to(stored.dtype)
         return pad(plan.masks(stored), self.size)[0]
 
@@ -78,14 +78,16 @@ class ClassMaps:
         per_shard = max(1, SHARD_BYTES // (self.size**2 * _dtype(index).itemsize))
         if manifest is None or manifest["about"] != self.about:
             if manifest is not None:
-                log.warning("%s: class maps of other annotations, redrawing", store.url)
+                log.warning("%s: class maps of other annotations; redrawing them", store.url)
             store.create(self.about, -(-len(index) // per_shard))
         for name in store.remove_corrupt():
             log.warning("%s/%s: corrupt shard, redrawing", store.url, name)
         missing = store.missing()
         if missing:
-            log.info("drawing class maps of %s (once), storing them in %s", index.annotation_file,
-                     store.url)  # fmt: skip
+            log.info(
+                "drawing the class maps of %s into %s; this happens only once",
+                index.annotation_file, store.url,
+            )  # fmt: skip
         for number in missing:
             images = range(number * per_shard, min((number + 1) * per_shard, len(index)))
             values = np.zeros((len(images), self.size, self.size), _dtype(index))
@@ -97,10 +99,11 @@ class ClassMaps:
 
 
 def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd: int = 0) -> Map:
-    """Draw the objects of an image (a position in the index), the largest first.
+    """Draw the classes of all objects of image number `image`, the largest object first.
 
     Returns:
-        (height, width): 0 for background, 1 + c for class c, `crowd` where only crowds are.
+        Map of (height, width) = `size`: 0 for background, 1 + c for class c, and the value `crowd`
+        where there are only crowds.
     """
     drawn = np.zeros(size, _dtype(index))
     if crowd and index.crowds is not None:
@@ -117,7 +120,7 @@ def _dtype(index: CocoIndex) -> np.dtype[Any]:
 
 
 def _folder_of(index: CocoIndex, size: int) -> Path:
-    """Folder of the maps: beside the index, or in the cache if that is read-only."""
+    """Folder for the maps: beside the index, or in the cache if that folder is read-only."""
     beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
     for folder in (beside, cache_path("class_maps", beside, beside.name)):
         if folder.exists() or may_write(folder.parent):

@@ -1,7 +1,8 @@
-"""COCO-format datasets as flat arrays shared by all workers of a machine.
+"""COCO-format datasets as flat arrays that all workers on a machine share.
 
-The JSON is read once into an index of .npy files beside it (`instances_x.kdindex/`), which is
-memory-mapped from then on: opening takes seconds, and workers hold no copies.
+The JSON is read once and converted to an index, a folder of .npy files beside the JSON
+(`instances_x.kdindex/`). The index is memory-mapped, so that a dataset opens in seconds and its
+annotations are in memory once, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _LISTED = 5
 class CocoIndex:
     """The images and usable objects of one COCO JSON: I images, M objects, C classes.
 
-    Arrays are read-only memory maps; pickling sends only the paths. Row `r` is one object; the
-    objects of image `i` are the rows `first[i]:first[i + 1]`.
+    Arrays are read-only memory maps; a pickle contains only their paths. Each object is one row of
+    the arrays of length M; the objects of image `i` are the rows `first[i]:first[i + 1]`.
 
     Attributes:
         annotation_file: The JSON.
@@ -41,28 +42,28 @@ class CocoIndex:
         widths: (I,) int32, pixels.
         name_bytes: Concatenated file names, UTF-8, uint8.
         name_first: (I + 1,) int64, start of each name in `name_bytes`.
-        first: (I + 1,) int64.
+        first: (I + 1,) int64, first row of each image's objects.
         object_ids: (M,) int64, the annotations' ids.
         boxes: (M, 4) float32, xyxy pixels of the stored image, clipped to it.
-        labels: (M,) int16, 0..C-1 by ascending category id.
-        areas: (M,) float32, square pixels: the JSON's area of the segment, else the box's.
+        labels: (M,) int16, 0..C-1 in the order of ascending category ids.
+        areas: (M,) float32, square pixels: the area in the JSON, or the box's if there is none.
         points: (P, 2) float32, the polygons' corners x, y in pixels.
-        ring_first: Start of each polygon ring in `points`, int64.
-        rings_of: (M + 1,) int64, start of each object's rings.
+        ring_first: Start of each polygon in `points`, int64.
+        rings_of: (M + 1,) int64, start of each object's polygons in `ring_first`.
         rle_bytes: Compressed run lengths of objects without polygons, uint8.
-        rle_first: (M + 1,) int64, start of each object's run lengths.
-        class_names: C names.
-        category_ids: C ids of the JSON, ascending.
-        confusable_groups: C names of groups of confusable classes, None for a class in no group.
-        skipped: Number of objects left out, by reason: crowd, zero_area, outside_image, tiny (below
-            a pixel).
-        notes: Number of corrections and oddities: clipped, bad_ring, bad_run_lengths,
-            without_segment, images_without_object.
-        fingerprint: Identifies the JSON's content and the reader's version.
-        scored: (M,) bool, False for objects that only serve as context, never hidden or scored
-            (`"scored": false` in the JSON); None if all may be.
-        crowds: An index of the same images with crowds (`iscrowd`), regions of several objects, in
-            place of objects; None if there are none.
+        rle_first: (M + 1,) int64, start of each object's run lengths in `rle_bytes`.
+        class_names: C names, in the order of `category_ids`.
+        category_ids: The JSON's C category ids, ascending.
+        confusable_groups: For each class, the name of its group of confusable classes, or None.
+        skipped: Number of objects left out, by reason: crowd, zero_area, outside_image, tiny (a box
+            less than a pixel wide or high).
+        notes: Number of objects, polygons or images that were corrected or look wrong, by kind:
+            clipped, bad_ring, bad_run_lengths, without_segment, images_without_object.
+        fingerprint: Hash of the JSON's content, and the version of the reader.
+        scored: (M,) bool, False for objects that are never hidden or scored and only serve as
+            context (`"scored": false` in the JSON); None if there are no such objects.
+        crowds: An index of the same images whose rows are the crowds (`iscrowd`), regions of
+            several objects, in place of the objects; None if there are no crowds.
     """
 
     annotation_file: Path
@@ -94,7 +95,7 @@ class CocoIndex:
 
     @property
     def num_classes(self) -> int:
-        """C, the number of categories, with or without objects."""
+        """Number of categories, C, including those without objects."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -102,12 +103,12 @@ class CocoIndex:
         return len(self.image_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the paths; workers map the same files."""
+        """Pickle only the paths; a worker memory-maps the same files."""
         arguments = (self.index_folder, self.annotation_file, self.image_folder, self.fingerprint)
         return _reopen, arguments
 
     def file_name(self, image: int) -> str:
-        """The image's name relative to `image_folder`."""
+        """File name of the image, relative to `image_folder`."""
         start, end = self.name_first[image], self.name_first[image + 1]
         return self.name_bytes[start:end].tobytes().decode("utf-8", "surrogateescape")
 
@@ -116,7 +117,7 @@ class CocoIndex:
         return self.image_folder / self.file_name(image)
 
     def image_of(self, row: int) -> int:
-        """Position in `image_ids` of the image of object `row`."""
+        """Index into `image_ids` of the image that contains object `row`."""
         return int(np.searchsorted(self.first, row, side="right")) - 1
 
     def size_of(self, image: int) -> tuple[int, int]:
@@ -128,15 +129,15 @@ class CocoIndex:
         return np.arange(int(self.first[image]), int(self.first[image + 1]))
 
     def polygons_of(self, row: int) -> list[npt.NDArray[np.float32]]:
-        """Polygons of object `row`, each (n, 2) x, y pixels; empty if it has none."""
+        """Polygons of object `row`, each (n, 2) x, y in pixels; an empty list if it has none."""
         rings = range(int(self.rings_of[row]), int(self.rings_of[row + 1]))
         return [self.points[self.ring_first[r] : self.ring_first[r + 1]] for r in rings]
 
     def mask_of(self, row: int, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """Draw object `row` in its image scaled to `size`: (height, width), True on the object.
 
-        An object without a segmentation gets its box. The mask may be empty if the object is
-        thinner than a pixel of `size`.
+        An object without a segmentation is drawn as its box. The mask may be empty if the scaled
+        object is thinner than a pixel.
         """
         whole = self.size_of(self.image_of(row))
         scale = np.array([size[1] / whole[1], size[0] / whole[0]], np.float64)
@@ -144,7 +145,7 @@ class CocoIndex:
         if end > start:
             rle = {"size": list(whole), "counts": self.rle_bytes[start:end].tobytes()}
             return resize_nearest(decode(rle), size)
-        # Rounded as in the JSON: float32 noise would move corners that lie between two pixels.
+        # Round to the JSON's decimals: float32 noise would shift corners between two pixels.
         exact = [ring.astype(np.float64).round(3) for ring in self.polygons_of(row)]
         rings = [(ring * scale).ravel().tolist() for ring in exact]
         if not rings:
@@ -161,15 +162,16 @@ def load_coco(
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
-    """Open a COCO-format dataset, indexing its JSON if necessary; skipped objects are logged.
+    """Open a COCO-format dataset; build its index if necessary, and log the skipped objects.
 
-    The index is stored beside the JSON, or in `$KD_CACHE` (`~/.cache/kd`) if that is read-only.
+    The index is stored beside the JSON, or in `$KD_CACHE` (`~/.cache/kd`) if that folder is
+    read-only.
 
     Args:
         annotation_file: COCO instances JSON.
-        image_folder: Holds the images under the JSON's file names.
-        check_images: Check that every image is listed in the folder (without reading it).
-        categories_from: A dataset whose categories this one must have.
+        image_folder: Folder of the images; the JSON's file names are relative to it.
+        check_images: Check that every image exists, without reading any.
+        categories_from: A dataset that must have the same categories, such as the train split.
 
     Raises:
         UserError: The JSON is missing, broken or inconsistent; images are missing; categories
@@ -213,7 +215,7 @@ def _open(folder: Path, annotation_file: Path, image_folder: Path) -> CocoIndex:
 def _reopen(folder: Path, annotation_file: Path, images: Path, fingerprint: str) -> CocoIndex:
     index = _open(folder, annotation_file, images)
     if index.fingerprint != fingerprint:
-        raise UserError(f"{annotation_file}: the file changed during the run; start again")
+        raise UserError(f"{annotation_file}: the file changed during the run; run again")
     return index
 
 
@@ -257,7 +259,7 @@ def _report(index: CocoIndex) -> None:
 
 
 def check_images_decode(index: CocoIndex) -> list[str]:
-    """Decode all images to find truncated ones and wrong sizes; returns a message for each."""
+    """Decode all images; return a message for each one that is unreadable or of a wrong size."""
     mistakes = []
     for image in range(len(index)):
         try:
@@ -268,7 +270,7 @@ def check_images_decode(index: CocoIndex) -> list[str]:
 
 
 def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Number of objects besides the hidden one, (K,) for (K,) image ids."""
+    """For each of K hidden objects, given the id of its image: number of other objects, (K,)."""
     order = np.argsort(index.image_ids, kind="stable")
     images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
     return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)

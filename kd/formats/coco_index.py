@@ -1,8 +1,8 @@
-"""Convert a COCO JSON to flat arrays: the slow reader, run once per file in its own process.
+"""Convert a COCO JSON to an index: flat arrays that `kd.formats.coco` opens in seconds.
 
-`kd.formats.coco` runs it (`python -m kd.formats.coco_index JSON FOLDER`) and opens the result. As
-Python objects, the JSON of COCO's training set needs several gigabytes, which a separate process
-returns to the system.
+The conversion is slow and runs once per file. A large JSON is converted in a process of its own
+(`python -m kd.formats.coco_index JSON FOLDER`), because COCO's training set needs several gigabytes
+as Python objects, which are returned to the operating system only when a process ends.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from kd.utils.io import cache_path, may_write
 log = logging.getLogger(__name__)
 
 READER_VERSION = 2
-IN_PROCESS_BYTES = 8 << 20  # smaller JSONs are read in this process
-CROWD_PREFIX = "crowd_"  # prefix of the arrays of crowds
+IN_PROCESS_BYTES = 8 << 20  # JSONs up to this size are converted in this process
+CROWD_PREFIX = "crowd_"  # prefix of the names of arrays of crowds
 USER_ERROR_EXIT = 3
 _LISTED = 5
-_BOX_TOLERANCE = 0.01  # pixels outside the image that count as rounding
-_SMALLEST_SIDE = 1.0  # pixels; thinner boxes show nothing to hide or recognise
+_BOX_TOLERANCE = 0.01  # boxes that exceed the image by fewer pixels are not noted as clipped
+_SMALLEST_SIDE = 1.0  # pixels; in a thinner box there is nothing to hide or to recognise
 _SKIP_CROWD, _SKIP_ZERO, _SKIP_OUTSIDE, _SKIP_TINY = "crowd", "zero_area", "outside_image", "tiny"
 
 Array = npt.NDArray[Any]
 
 
 def build_index(annotation_file: Path, folder: Path) -> None:
-    """Read a COCO JSON and write its arrays and `meta.json` into an existing empty folder."""
+    """Read a COCO JSON and write its arrays and `meta.json` to `folder`, which must be empty."""
     coco, digest = read_coco(annotation_file)
     reader, crowds = _ObjectReader(coco), _ObjectReader(coco, crowds=True)
     for image_id in coco.imgs:
@@ -95,9 +95,9 @@ def _image_arrays(images: list[Json]) -> dict[str, Array]:
 
 
 class _ObjectReader:
-    """Collects the usable objects, image by image, in growing typed arrays.
+    """Reader of annotations that appends usable objects, image by image, to typed arrays.
 
-    One instance reads the objects and counts what it skips; another one reads the crowds.
+    One instance reads the objects and counts those it skips; another instance reads the crowds.
     """
 
     def __init__(self, coco: COCO, *, crowds: bool = False) -> None:
@@ -190,7 +190,7 @@ class _ObjectReader:
             elif isinstance(counts, str):
                 packed = counts.encode("ascii")
         except (TypeError, ValueError, OverflowError):
-            pass  # counts that are not numbers; UnicodeEncodeError is a ValueError
+            pass  # counts are not numbers, or not ASCII: UnicodeEncodeError is a ValueError
         if pixels_of(packed) == size[0] * size[1]:
             return packed
         self.notes["bad_run_lengths"] += 1
@@ -202,7 +202,7 @@ class _ObjectReader:
             raise UserError(self._infinite_polygon(path, points))
         scored = np.frombuffer(self.scored, np.bool_)
         return {
-            **({} if scored.all() else {"scored": scored}),  # omitted if all are
+            **({} if scored.all() else {"scored": scored}),  # omitted if all objects are scored
             "first": _offsets(self.counts),
             "object_ids": np.frombuffer(self.ids, np.int64),
             "labels": np.frombuffer(self.labels, np.int16),
@@ -223,7 +223,7 @@ class _ObjectReader:
 
 
 def up_to_date_index(annotation_file: Path) -> Path:
-    """Find or build the index of a JSON, beside it or in the cache."""
+    """Return the folder of a JSON's index, beside the JSON or in the cache; build a missing one."""
     if not annotation_file.is_file():
         raise UserError(
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
@@ -242,7 +242,7 @@ def up_to_date_index(annotation_file: Path) -> Path:
             failures.append(f"{folder.parent}: {error.strerror or error}")
             continue
         if failures:
-            log.warning("%s: storing the index in %s (%s)", annotation_file, folder, failures[-1])
+            log.warning("%s: the index is stored in %s (%s)", annotation_file, folder, failures[-1])
         return folder
     raise UserError(
         f"{annotation_file}: cannot write an index ({'; '.join(failures)}); "
@@ -254,19 +254,19 @@ def _is_fresh(folder: Path, annotation_file: Path) -> bool:
     try:
         _, meta = open_arrays(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # missing, or corrupt after a full disk: rebuilt
+        return False  # the index is missing, or incomplete because the disk was full
     stat = annotation_file.stat()
     if meta["reader_version"] != READER_VERSION or meta["json_bytes"] != stat.st_size:
         return False
     if meta["json_mtime_ns"] == stat.st_mtime_ns:
         return True
-    with annotation_file.open("rb") as file:  # copied or touched: compare the content
+    with annotation_file.open("rb") as file:  # another time alone may mean that the file was copied
         if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
             return False
     try:
         _write_meta(folder, meta | {"json_mtime_ns": stat.st_mtime_ns})
     except OSError:
-        pass  # a read-only index is as valid, only hashed at each start
+        pass  # a read-only index is valid too, but its JSON is hashed at each start
     return True
 
 
@@ -277,7 +277,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Memory-map the arrays of an index, read-only; returns them by name, and `meta.json`.
+    """Memory-map the arrays of an index, read-only; return them by name, and its `meta.json`.
 
     Raises:
         OSError: A file is missing.
@@ -286,7 +286,7 @@ def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, An
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {}
     for name, shape in meta["arrays"].items():
-        # asarray drops the slow memmap subclass; the pages stay mapped.
+        # Views as plain arrays are faster to slice than np.memmap; the file stays mapped.
         arrays[name] = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
         if list(arrays[name].shape) != shape:
             raise ValueError(f"{folder / name}.npy: shape {arrays[name].shape}, expected {shape}")
@@ -299,15 +299,15 @@ def _build(annotation_file: Path, folder: Path) -> None:
     if not may_write(parent):
         raise PermissionError(0, "read-only folder")
     with FileLock(parent / f"{folder.name}.lock"):
-        if _is_fresh(folder, annotation_file):  # another process built it meanwhile
+        if _is_fresh(folder, annotation_file):  # another process has built it meanwhile
             return
-        for leftover in parent.glob(f".{folder.name}.*"):  # of a killed build
+        for leftover in parent.glob(f".{folder.name}.*"):  # a killed build left it
             shutil.rmtree(leftover, ignore_errors=True)
         partial = parent / f".{folder.name}.{secrets.token_hex(4)}"
         partial.mkdir()
         try:
             _build_into(annotation_file, partial)
-            if folder.exists():  # outdated; processes that map it keep their pages
+            if folder.exists():  # outdated, but still readable for processes that have mapped it
                 folder.rename(partial / "replaced")
             partial.rename(folder)
             shutil.rmtree(folder / "replaced", ignore_errors=True)
@@ -321,15 +321,18 @@ def _build_into(annotation_file: Path, partial: Path) -> None:
         build_index(annotation_file, partial)
     else:
         size = stat.st_size / 1e6
-        log.info("%s: indexing %.0f MB; once, up to a minute", annotation_file, size)
+        log.info(
+            "%s: indexing %.0f MB; this happens only once and may take a minute",
+            annotation_file, size,
+        )  # fmt: skip
         _build_in_child(annotation_file, partial)
     meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-    # The state before reading: a change meanwhile makes the index outdated, not wrong.
+    # Size and time from before reading, so that a change meanwhile makes the index outdated.
     _write_meta(partial, meta | {"json_bytes": stat.st_size, "json_mtime_ns": stat.st_mtime_ns})
 
 
 def _build_in_child(annotation_file: Path, partial: Path) -> None:
-    # A plain subprocess: multiprocessing's spawn would rerun the caller's main module.
+    # Not multiprocessing, because its spawn method would run the caller's main module again.
     source = str(Path(kd.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "kd.formats.coco_index", str(annotation_file), str(partial)]
@@ -342,7 +345,7 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
         need = 7 * annotation_file.stat().st_size / 1e9
         raise UserError(
             f"{annotation_file}: the process reading it was killed, most likely out of memory; "
-            f"reading needs about {need:.0f} GB once"
+            f"the first reading needs about {need:.0f} GB"
         )
     if done.returncode != 0:
         text = done.stderr.decode(errors="replace")
@@ -352,7 +355,7 @@ def _build_in_child(annotation_file: Path, partial: Path) -> None:
 
 
 def check_images_exist(file_names: Iterable[str], folder: Path, annotation_file: Path) -> None:
-    """Check that all images exist, by one listing of each folder."""
+    """Check that all images exist, by listing each folder once."""
     if not folder.is_dir():
         raise UserError(f"{folder}: image folder not found (for {annotation_file})")
     names = [name.rpartition("/") for name in file_names]
@@ -389,8 +392,8 @@ def _hint(folder: Path, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Build an index in this process; prints the message of a `UserError` for the parent."""
-    gc.disable()  # millions of small objects without cycles: collection costs half the time
+    """Build an index; print the message of a `UserError` to stdout for the parent process."""
+    gc.disable()  # collection takes half the time, though millions of objects have no cycles
     annotation_file, folder = map(Path, arguments)
     try:
         build_index(annotation_file, folder)

@@ -1,4 +1,4 @@
-"""A detector's results in COCO format and their ground truth: read, checked, written."""
+"""Read and write detection results in COCO format, and read the ground truth to score them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth for evaluation: includes crowds and images without objects.
+    """Ground truth for evaluating detections, including crowds and images without objects.
 
     Attributes:
-        path: The JSON.
+        path: The COCO instances JSON.
         image_ids: (I,) int64, ascending.
-        file_names: I names.
+        file_names: File names of the I images, in the order of `image_ids`.
         sizes: (I, 2) int64, height and width in pixels.
         category_ids: (C,) int64, ascending.
-        class_names: C names.
-        confusable_groups: C names of groups of confusable classes, None for a class in no group.
-        boxes: All objects.
+        class_names: Names of the C classes, in the order of `category_ids`.
+        confusable_groups: For each class, the name of its group of confusable classes, or None.
+        boxes: Boxes of all objects, in the JSON's order.
     """
 
     path: Path
@@ -49,13 +49,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Detections:
-    """A results file.
+    """The D detections in a results file.
 
     Attributes:
         path: The file.
-        entries: The parsed JSON.
-        boxes: The boxes as arrays, in the same order.
-        scores: (D,) float64.
+        entries: The parsed JSON, one entry per detection.
+        boxes: The boxes as arrays, in the order of `entries`.
+        scores: (D,) float64, in the order of `entries`.
         sha256: Checksum of the file.
     """
 
@@ -67,7 +67,7 @@ class Detections:
 
 
 def read_truth(path: Path) -> Truth:
-    """Read annotations for evaluation."""
+    """Read a COCO instances JSON as the ground truth of an evaluation."""
     content = read_coco(path)[0].dataset
     images = sorted(content["images"], key=lambda entry: int(entry["id"]))
     categories = sorted(content["categories"], key=lambda entry: int(entry["id"]))
@@ -91,11 +91,11 @@ def read_truth(path: Path) -> Truth:
 
 
 def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
-    """Read a results file for the images and classes of the ground truth.
+    """Read a results file and check that `truth` contains its images and classes.
 
-    Boxes without an area, which detectors produce by clipping, stay: they match nothing and
-    count as false positives, as in pycocotools. Their number is logged. `probabilities` requires
-    scores in 0..1; ranking accepts any numbers, such as logits.
+    Boxes without an area, which detectors produce by clipping, are not removed: they match nothing
+    and count as false positives, as in pycocotools; a warning gives their number. If
+    `probabilities`, scores must be in 0..1; otherwise they may be any numbers, such as logits.
     """
     entries, digest = read_json(path)
     if not isinstance(entries, list):
@@ -119,14 +119,14 @@ def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) ->
 
 
 def write_detections(path: Path, entries: Sequence[Json], scores: Sequence[float]) -> None:
-    """Write results with new scores, everything else unchanged."""
+    """Write the detections `entries` with new scores and everything else unchanged."""
     changed = [{**entry, "score": score} for entry, score in zip(entries, scores, strict=True)]
     text = json.dumps(changed, separators=(",", ":"))
     write_text(path, text + "\n")
 
 
 def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Rows of each image in turn, in their order."""
+    """For each of `images` images, yield the rows of its boxes, in ascending order."""
     order = np.argsort(boxes.image, kind="stable")
     bounds = np.searchsorted(boxes.image[order], np.arange(images + 1))
     for start, end in pairwise(bounds.tolist()):
@@ -134,21 +134,21 @@ def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Convert x, y, width, height to x1, y1, x2, y2."""
+    """Convert (K, 4) boxes from x, y, width, height to x1, y1, x2, y2."""
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
 def _mistake(
     entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
 ) -> str | None:
-    """Describe a result's mistake; None if there is none."""
+    """Describe what is wrong with one entry of a results file; None if nothing is."""
     if not isinstance(entry, Mapping):
         return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
     missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
     if missing:
         return f"has no {' and no '.join(map(repr, missing))}"
     if type(entry["image_id"]) is not int or entry["image_id"] not in images:
-        return f"image_id {entry['image_id']!r} is not in {truth}; are they of one split?"
+        return f"image_id {entry['image_id']!r} is not in {truth}; are both of the same split?"
     if type(entry["category_id"]) is not int or entry["category_id"] not in categories:
         return (
             f"category_id {entry['category_id']!r} is not in {truth}; results refer to categories "
@@ -170,7 +170,7 @@ def _mistake(
 def _boxes(
     entries: Sequence[Json], image_ids: npt.NDArray[np.int64], category_ids: npt.NDArray[np.int64]
 ) -> Boxes:
-    """Convert entries to arrays; the area is that of the box."""
+    """Convert JSON entries to arrays; an object's area is set to that of its box."""
     images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
     labels = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
     xywh = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""Validation of COCO JSONs before they are read: mistakes are reported by file, entry and id."""
+"""Parse and validate COCO JSONs; error messages name the file, the entry and its id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def read_json(path: Path) -> tuple[Any, str]:
-    """Parse a JSON file; returns the value and the SHA-256 of the file's bytes in hexadecimal."""
+    """Parse a JSON file; return the value and the SHA-256 of the file's bytes in hexadecimal."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def read_json(path: Path) -> tuple[Any, str]:
 
 
 def _json_mistake(text: str, error: json.JSONDecodeError) -> str:
-    end = text.rstrip("\0 \t\r\n")  # a file system crash may leave zeros at the end
+    end = text.rstrip("\0 \t\r\n")  # a crash of the file system may leave zero bytes
     if not end:
         return "the annotation file is empty; fetch it again"
     size = len(text.encode())
@@ -57,8 +57,8 @@ def _is_id(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite int or float, not a bool."""
-    # Bounds instead of isfinite: they exclude NaN and infinity, and accept huge integers.
+    """Whether a value is a finite int or float, and not a bool."""
+    # Comparisons also exclude NaN and infinity; isfinite would fail for integers above 1e308.
     return type(value) in (int, float) and -1e18 < value < 1e18  # type: ignore[operator]
 
 
@@ -100,7 +100,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Json], str | None]]] = {
 
 
 def check_layout(dataset: Any, path: Path) -> None:
-    """Check keys and types of everything that is read later."""
+    """Check that a parsed JSON has the keys and types of a COCO instances file."""
     if isinstance(dataset, list):
         raise UserError(
             f"{path}: not COCO layout: a list; is it a file of detection results? "
@@ -147,7 +147,7 @@ def check_references(coco: COCO, path: Path) -> None:
 
 
 def read_coco(path: Path) -> tuple[COCO, str]:
-    """Read, index and check a COCO JSON; returns also the SHA-256 of the file."""
+    """Read, check and index a COCO JSON; return it and the SHA-256 of the file."""
     dataset, digest = read_json(path)
     check_layout(dataset, path)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

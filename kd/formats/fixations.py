@@ -1,4 +1,4 @@
-"""Fixations of images, their readers, and the density maps drawn from them."""
+"""Fixations on images: readers of their files, and density maps drawn from them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from torchvision.transforms.v2 import functional as F
 from kd.errors import UserError
 from kd.utils.images import UNREADABLE
 
-UNKNOWN = -1  # observer not identified by the dataset
-INSIDE = 0.5  # least fraction of fixations inside the image; otherwise sizes disagree
+UNKNOWN = -1  # observer of datasets that do not identify observers
+INSIDE = 0.5  # if a smaller fraction of fixations is inside the image, its size must be wrong
 
 
 class Fixations(NamedTuple):
     """Fixations on one image.
 
-    `points` (F, 2) float64: x and y in pixels from the upper left corner of the file, so that
-    column c covers c..c+1. `observers` (F,) int64; `UNKNOWN` if not identified.
+    `points` is (F, 2) float64, x and y in pixels from the upper left corner of the image file, so
+    that column c of pixels is x = c..c+1. `observers` is (F,) int64, `UNKNOWN` where the dataset
+    does not identify the observer.
     """
 
     points: NDArray[np.float64]
     observers: NDArray[np.int64]
 
     def of(self, chosen: NDArray[np.bool_]) -> Fixations:
-        """Select some fixations."""
+        """Select the fixations where `chosen` (F,) is true."""
         return Fixations(self.points[chosen], self.observers[chosen])
 
 
-# Reads the fixations on an image, perhaps outside of it, from its position in the split and its
-# height and width; a UserError if a file is missing, corrupt, or of another size than the image.
+# Reads the fixations of an image, including those outside its frame, given its index in the split
+# and its height and width. Raises a UserError if a file is missing, corrupt or of another size.
 FixationReader = Callable[[int, tuple[int, int]], Fixations]
 
 
@@ -49,12 +50,12 @@ class GazeSplit:
     """A split of images with fixations.
 
     Attributes:
-        where: Start of messages.
+        where: File or folder of the split, the prefix of error messages.
         images: Image files.
         read: Reads the fixations on an image.
-        degree: Pixels of the files per degree of visual angle, the standard deviation of the
-            Gaussian around each fixation.
-        maps: Published density maps, in the same order; if empty, densities are drawn.
+        degree: Pixels of an image file per degree of visual angle. This is also the standard
+            deviation of the Gaussian that a density map has around each fixation.
+        maps: Published density maps, in the order of `images`; if empty, they are drawn.
     """
 
     where: str
@@ -64,7 +65,7 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on an image of `size` (height, width), without those that lie outside of it."""
+        """Fixations on image `number`, of `size` (height, width), that lie within the image."""
         found, path = self.read(number, size), self.images[number]
         if not len(found.points):
             raise UserError(
@@ -81,7 +82,7 @@ class GazeSplit:
         return found.of(inside)
 
     def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Fixation density on a `grid` (h, w) over an image of `size`: (1, h, w) float32, sum 1."""
+        """Fixation density of image `number` on a `grid` (h, w): (1, h, w) float32 with sum 1."""
         if not self.maps:
             return gaussian_density(self.fixations(number, size).points, size, grid, self.degree)
         published = read_density(self.maps[number], expected=size)
@@ -91,18 +92,18 @@ class GazeSplit:
 def gaussian_density(
     points: NDArray[np.float64], size: tuple[int, int], grid: tuple[int, int], degree: float
 ) -> Tensor:
-    """Sum of Gaussians around the fixations, normalised over the image.
+    """Draw a density map: the sum of a Gaussian around each fixation, normalised over the image.
 
-    Gaussians are separable: the map is a product of two narrow matrices, exact on any grid.
+    Because Gaussians are separable, the map is the product of two narrow matrices on any grid.
 
     Args:
-        points: Fixations, (F, 2) x, y in pixels of the file.
-        size: Height and width of the file.
+        points: Fixations, (F, 2) x, y in pixels of the image file.
+        size: Height and width of the image file.
         grid: Height and width of the result.
-        degree: Standard deviation, pixels of the file.
+        degree: Standard deviation of a Gaussian in pixels of the image file.
 
     Returns:
-        (1, *grid) float32, sum 1.
+        (1, *grid) float32 with sum 1.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
@@ -121,13 +122,13 @@ def gaussian_density(
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Maps (..., h, w), not negative and not all zeros, divided by their sums."""
+    """Divide each of the maps (..., h, w), not negative and not all zeros, by its sum."""
     total = maps.double().sum(dim=(-2, -1), keepdim=True)
     return (maps / total).float()
 
 
 def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
-    """Decode a published grey density map of 8 bits or more: (1, H, W) float32, not normalised."""
+    """Decode a published grey density map of 8 or more bits: (1, H, W) float32, not normalised."""
     try:
         with Image.open(path) as file:
             grey = file if file.mode.startswith(("I", "F")) else file.convert("L")
@@ -138,23 +139,23 @@ def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
         raise UserError(f"{path}: this density map cannot be read: {error}") from error
     if values.shape != expected:
         raise UserError(
-            f"{path}: the density map is {values.shape[1]} x {values.shape[0]}, its image "
-            f"{expected[1]} x {expected[0]}"
+            f"{path}: the density map is {values.shape[1]} x {values.shape[0]}, but its image is "
+            f"{expected[1]} x {expected[0]} pixels"
         )
     if not values.any():
         raise UserError(f"{path}: this density map is all zeros")
     return torch.from_numpy(values)[None]
 
 
-_POINT = 128  # least brightness of a fixation, blurred by JPEG
+_POINT = 128  # pixels this bright are fixations; JPEG blurs their edges
 _COLUMNS = ("image", "subject", "x", "y")
 
 
 def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
     """Fixations of all observers from SALICON's .mat files.
 
-    They hold `gaze`, one per observer, with `fixations` (F, 2), and `resolution`. Coordinates start
-    at 1, as in MATLAB.
+    A file contains `gaze`, an entry per observer with `fixations` (F, 2), and optionally
+    `resolution`, the image's height and width. Coordinates start at 1, as in MATLAB.
     """
     content = _read_mat(path, "gaze")
     if "resolution" in content:
@@ -172,12 +173,12 @@ def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
 
 
 def read_cat2000(path: Path, size: tuple[int, int]) -> Fixations:
-    """Fixations from CAT2000's .mat files: `fixLocs` (H, W), 1 at fixations; no observers."""
+    """Fixations from CAT2000's .mat files: `fixLocs` (H, W) is 1 at fixations; no observers."""
     return _points(path, np.asarray(_read_mat(path, "fixLocs")["fixLocs"]) > 0, size)
 
 
 def read_mit1003(path: Path, size: tuple[int, int]) -> Fixations:
-    """Fixations from MIT1003's `_fixPts.jpg`, white at fixations; no observers."""
+    """Fixations from MIT1003's `_fixPts.jpg`, which are white at fixations; no observers."""
     try:
         with Image.open(path) as file:
             there = np.asarray(file.convert("L")) >= _POINT
@@ -187,10 +188,10 @@ def read_mit1003(path: Path, size: tuple[int, int]) -> Fixations:
 
 
 def read_table(path: Path, names: Sequence[str]) -> list[Fixations]:
-    """Read the fixations on each image from a .npz of `columns` (names) and `data` (rows).
+    """Read the fixations on each image of a split from a table: a .npz of `columns` and `data`.
 
-    The columns are image, subject, x and y in any order. The names of the split's images must be
-    numbers, as in the column `image`.
+    `data` has a row for each fixation; its `columns` are image, subject, x and y in any order.
+    `names` are the names of the split's images, the numbers in the column `image`.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -205,9 +206,11 @@ def read_table(path: Path, names: Sequence[str]) -> list[Fixations]:
         raise UserError(f"{path}: data is {data.shape}, expected a column for each of {columns}")
     image, subject, x, y = (data[:, columns.index(name)].astype(np.float64) for name in _COLUMNS)
     if not (np.isfinite(image) & np.isfinite(subject) & np.isfinite(x) & np.isfinite(y)).all():
-        raise UserError(f"{path}: holds numbers that are not finite")
+        raise UserError(f"{path}: the table has values that are not finite")
     if wrong := [name for name in names if not name.isdecimal()]:
-        raise UserError(f"{path}: identifies images by number, but there is an image {wrong[0]!r}")
+        raise UserError(
+            f"{path}: identifies images by number, but the image name {wrong[0]!r} is not a number"
+        )
     ids = np.array([int(name) for name in names], np.int64)
     order = np.argsort(image, kind="stable")
     low, high = (np.searchsorted(image[order], ids, side=side) for side in ("left", "right"))
@@ -227,7 +230,7 @@ def _check_size(path: Path, stated: tuple[int, ...], size: tuple[int, int]) -> N
     if tuple(stated) != tuple(size):
         sides = " x ".join(str(side) for side in reversed(stated))
         raise UserError(
-            f"{path}: fixations on an image of {sides} pixels, but it has {size[1]} x {size[0]}"
+            f"{path}: fixations on an image of {sides} pixels, but it is {size[1]} x {size[0]}"
         )
 
 

@@ -1,9 +1,10 @@
 """KITTI's object boxes as a COCO JSON (Geiger et al., 2012, doi:10.1109/CVPR.2012.6248074).
 
-Reads `training/image_2`, `training/label_2` and, for splits, `ImageSets/*.txt`. Boxes are
-continuous and zero-based, as in COCO. The benchmark evaluates cars, pedestrians and cyclists, and
-ignores detections of vans as cars, of seated people as pedestrians, and anything in DontCare
-regions: those are crowds in the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
+The dataset's folder contains `training/image_2`, `training/label_2` and, for splits,
+`ImageSets/*.txt`. Boxes are continuous and zero-based, as in COCO. The benchmark evaluates cars,
+pedestrians and cyclists. It ignores vans detected as cars, seated people detected as pedestrians,
+and detections in DontCare regions. Vans, seated people and DontCare regions are therefore crowds in
+the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from kd.registry import suggestion
 from kd.utils.images import file_size
 
 CLASSES = ("car", "pedestrian", "cyclist")
-ALL = "all"  # split of all labelled images
+ALL = "all"  # name of the split that has all labelled images
 REGION = "DontCare"
-# Detected as that class without a penalty.
+# A detection of an object of the first type as the second is ignored.
 NEIGHBOURS = {"Van": "car", "Person_sitting": "pedestrian"}
 _OWN = {"Car": "car", "Pedestrian": "pedestrian", "Cyclist": "cyclist"}
 _OTHERS = ("Truck", "Tram", "Misc")
@@ -40,9 +41,9 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
     Returns:
         The content of a COCO JSON with file names as in `image_2` and classes car, pedestrian and
         cyclist. Annotations also have `truncated` (0..1), `occluded` (0..3) and `type`, KITTI's
-        class name. Vans and seated people are crowds of their neighbouring class; a DontCare region
-        becomes three crowds, one of each class, with truncated and occluded -1. Trucks, trams and
-        others are left out.
+        class name. Vans are crowds of class car, seated people of class pedestrian. A DontCare
+        region becomes three crowds, one of each class, with truncated and occluded -1. Trucks,
+        trams and other objects are left out.
     """
     root = Path(root)
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
@@ -59,11 +60,11 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
 
 
 def kitti_truth(truth: Truth) -> KittiTruth:
-    """Ground truth for `kd.metrics.kitti_ap`, from a JSON of `kitti_to_coco`."""
+    """Ground truth for `kd.metrics.kitti_ap`, read from a JSON that `kitti_to_coco` made."""
     objects = read_json(truth.path)[0]["annotations"]
     types = np.array([str(one.get("type", "")) for one in objects])
     if unknown := set(types.tolist()) - set(_TYPES):
-        raise UserError(f"{truth.path}: not of KITTI: an annotation has the type {min(unknown)!r}")
+        raise UserError(f"{truth.path}: not from KITTI: an annotation has type {min(unknown)!r}")
     for one, name in product(objects, ("truncated", "occluded")):
         if not is_number(one.get(name)):
             raise UserError(
@@ -80,7 +81,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 
 
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
-    """Find the file that lists a split; also returns the line and name of each image."""
+    """Return the file or folder that lists a split, and the line number and name of each image."""
     if not labels.is_dir():
         raise UserError(
             f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
@@ -96,7 +97,7 @@ def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[
         return where, split_names(where, where.parent)
     names = sorted(path.stem for path in labels.glob("*.txt"))
     if not names:
-        raise UserError(f"{labels}: empty split: it holds no labels")
+        raise UserError(f"{labels}: empty split: it contains no label files")
     return labels, list(enumerate(names, start=1))
 
 
@@ -105,7 +106,9 @@ def _add(content: CocoContent, path: Path, names: str) -> None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{names}: no labels {path}; those of testing are not public") from None
+        raise UserError(
+            f"{names}: no label file {path}; the labels of the test set are not public"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -123,11 +126,11 @@ def _add(content: CocoContent, path: Path, names: str) -> None:
 
 
 def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
-    """Parse a line: type, truncated, occluded and box."""
+    """Parse the words of a label file's line: type, truncated, occluded and box."""
     if len(words) != _FIELDS:
         raise UserError(
             f"{where}: {len(words)} fields, expected {_FIELDS}: type, truncated, occluded, alpha, "
-            "4 of the box, 7 of the box in space"
+            "4 for the box, 7 for the box in 3D"
         )
     kind = words[0]
     if kind not in _TYPES:
@@ -136,7 +139,7 @@ def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
     if occluded not in (-1, 0, 1, 2, 3):
         raise UserError(f"{where}: occluded is {words[2]}, expected 0, 1, 2 or 3")
     if kind != REGION and _has_no_area((x1, y1, x2, y2)):
-        raise UserError(f"{where}: a box without an area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}")
+        raise UserError(f"{where}: this box has no area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}")
     return kind, truncated, int(occluded), (x1, y1, x2, y2)
 
 
@@ -151,5 +154,5 @@ def _number(word: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: {word!r} is not finite")
+        raise UserError(f"{where}: {word!r} is not a finite number")
     return value

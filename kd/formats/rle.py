@@ -11,11 +11,12 @@ from pycocotools import mask as rle_masks
 
 
 def pixels_of(packed: bytes) -> int:
-    """Count the pixels of compressed run lengths, -1 if they are malformed.
+    """Return the number of pixels that compressed run lengths cover, or -1 if they are malformed.
 
-    pycocotools does not check: if runs end early, its decoder returns uninitialised memory. Each
-    character holds 5 bits, bit 5 marks continuation; from the fourth run on, a number is the
-    difference to the run two before (`rleToString` of the COCO API).
+    pycocotools does not check this: if the runs cover too few pixels, its decoder returns
+    uninitialised memory. Each character encodes 5 bits of a number; bit 5 is set if more follow.
+    From the fourth run on, a run is stored as the difference to the last but one run (`rleToString`
+    in the COCO API).
     """
     chunks = np.frombuffer(packed, np.uint8).astype(np.int64) - 48
     if not len(chunks) or chunks.min() < 0 or chunks.max() > 63 or chunks[-1] & 32:
@@ -32,15 +33,15 @@ def pixels_of(packed: bytes) -> int:
 
 
 def decode(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    """Decode COCO's compressed `{"size", "counts"}` to a mask (H, W)."""
+    """Decode COCO's compressed run lengths, `{"size", "counts"}`, to a mask (H, W)."""
     with warnings.catch_warnings():
-        # pycocotools 2.0 predates NumPy 2's copy keyword; the result is correct.
+        # pycocotools 2.0 lacks NumPy 2's `copy` argument and causes a warning; the mask is correct.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         return np.asarray(rle_masks.decode(rle), dtype=np.bool_)
 
 
 def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """Encode a mask (H, W) as compressed `{"size", "counts"}` for JSON."""
+    """Encode a mask (H, W) as COCO's compressed `{"size", "counts"}`, ready for JSON."""
     rle = rle_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 

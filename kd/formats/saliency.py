@@ -6,8 +6,8 @@ cat2000  `trainSet/Stimuli/CATEGORY/*.jpg`, `trainSet/FIXATIONLOCS/CATEGORY/*.ma
          `trainSet/FIXATIONMAPS/CATEGORY/*.jpg`
 osie     `stimuli/*.jpg` and `fixations.npz`: `columns` image, subject, x, y, ... and `data`
 
-SALICON and OSIE identify observers. The others have no split with public fixations: theirs is drawn
-from the image names, see `random_split`.
+SALICON and OSIE identify observers. Only SALICON publishes a train and a val split with fixations;
+the other datasets are split at random by image name (`random_split`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from kd.registry import resolve
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How a split is opened.
+    """Options of a split of a fixation dataset.
 
     Attributes:
-        degree: Pixels of the files per degree of visual angle.
+        degree: Pixels of the image files per degree of visual angle.
         published: Use the published density maps instead of drawing them from fixations.
-        val_fraction: Fraction of the images in a random val split.
-        seed: Seed of a random split.
+        val_fraction: Fraction of images in the val split, for datasets that are split at random.
+        seed: Seed of the random split.
     """
 
     degree: float
@@ -49,7 +49,7 @@ class SplitOptions:
 
 
 def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    """Open a split of a published dataset: `train` or `val`; for SALICON any of its folders."""
+    """Open split `train` or `val` of a published dataset, or any of SALICON's split folders."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
     opened: GazeSplit = found.open(root, split, options)
@@ -77,7 +77,7 @@ def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     folder = root / "trainSet"
     found: dict[str, Path] = {}
     for category in sorted(path for path in (folder / "Stimuli").iterdir() if path.is_dir()):
-        images = images_in(category)  # skips its subfolder Output
+        images = images_in(category)  # without those in the subfolder Output
         found |= {f"{category.name}/{name}": path for name, path in images.items()}
     return _split(
         root, _random(found, split, options), options, read_cat2000,
@@ -88,7 +88,7 @@ def _cat2000(root: Path, split: str, options: SplitOptions) -> GazeSplit:
 
 def _osie(root: Path, split: str, options: SplitOptions) -> GazeSplit:
     if options.published:
-        raise UserError(f"{root}: osie has no density maps; --set data.maps=fixations draws them")
+        raise UserError(f"{root}: osie has no density maps; use --set data.maps=fixations")
     images = _random(images_in(root / "stimuli"), split, options)
     table = read_table(root / "fixations.npz", list(images))
     paths = tuple(images.values())
@@ -119,7 +119,7 @@ def _split(
     points: Callable[[str], Path],
     maps: Callable[[str], Path],
 ) -> GazeSplit:
-    """Build a split; `points` and `maps` give an image's files of fixations and density by name."""
+    """Build a split; `points` and `maps` map an image's name to its fixation and density file."""
     if not images:
         raise UserError(f"{where}: empty split: no images")
     files = tuple(map(points, images))
@@ -129,7 +129,7 @@ def _split(
     return GazeSplit(str(where), tuple(images.values()), reader, options.degree, published)
 
 
-# Readers are partials of module functions, as samples are pickled to workers.
+# Readers are partials of module-level functions because they are pickled with the samples.
 def _of_file(
     read: Callable[[Path, tuple[int, int]], Fixations],
     files: Sequence[Path],

@@ -23,16 +23,16 @@ from kd.utils.images import UNREADABLE, VOID
 
 _IDS = ("L", "P", "1")  # Pillow modes with up to 8 bits per pixel
 _FEW_BITS = ("L;2", "L;4")  # grey PNGs of 2 and 4 bits, which Pillow rescales to 0..255
-UNKNOWN = -1  # in a table: an id that must not occur
+UNKNOWN = -1  # value in an id table for ids that must not occur in a file
 
 Table = NDArray[np.int16]  # (256,): class of each id in a file
 
 
 def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = ()) -> Table:
-    """Build the table from ids in files to classes, `VOID` or `UNKNOWN`.
+    """Build a table that maps the ids in label-map files to classes, `VOID` or `UNKNOWN`.
 
-    `classes` maps ids to classes, or is C if 0..C-1 are the classes themselves; `void` are the ids
-    of unlabelled pixels.
+    `classes` maps ids to classes, or is the number of classes C if an id is the class itself;
+    `void` are the ids of unlabelled pixels. All other ids are `UNKNOWN`.
     """
     table = np.full(256, UNKNOWN, np.int16)
     pairs = {c: c for c in range(classes)} if isinstance(classes, int) else dict(classes)
@@ -44,9 +44,10 @@ def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = 
 
 
 def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None = None) -> Tensor:
-    """Decode an 8-bit PNG, grey or with a palette, whose colours are ignored: (H, W) uint8.
+    """Decode a label map, an 8-bit grey or palette PNG, to classes and `VOID`: (H, W) uint8.
 
-    `table` maps ids to classes and `VOID`; `expected` is the height and width of the image.
+    `table` maps ids in the file to classes (see `id_table`); the colours of a palette are ignored.
+    `expected` is the height and width of the image.
     """
     try:
         with Image.open(path) as file:
@@ -55,10 +56,10 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
                 raise UserError(_mode_message(path, mode))
             if file.tile and file.tile[0].args in _FEW_BITS:
                 raise UserError(
-                    f"{path}: a grey label map of {file.tile[0].args[-1]} bits; write it with 8"
+                    f"{path}: a grey label map of {file.tile[0].args[-1]} bits; save it with 8"
                 )
             numbers = np.asarray(file).astype(np.uint8)
-    except UserError:  # is a ValueError too
+    except UserError:  # not caught below, although a UserError is a ValueError
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: the label map is missing") from error
@@ -67,26 +68,26 @@ def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None
     if expected is not None and numbers.shape != expected:
         height, width = numbers.shape
         raise UserError(
-            f"{path}: the label map is {width} x {height}, its image {expected[1]} x {expected[0]}"
-            "; scale it without interpolation (nearest), or find the right one"
+            f"{path}: the label map is {width} x {height}, but its image is {expected[1]} x "
+            f"{expected[0]}; scale it without interpolation (nearest), or find the right one"
         )
     labels = table[numbers]
     if (wrong := labels == UNKNOWN).any():
         row, column = (int(place) for place in np.argwhere(wrong)[0])
         found = ", ".join(str(number) for number in np.unique(numbers[wrong])[:5].tolist())
         raise UserError(
-            f"{path}: {found} not among the ids of this dataset, first at x {column}, y {row} "
-            f"({int(wrong.sum())} pixels)"
+            f"{path}: {int(wrong.sum())} pixels have ids that are not of this dataset: {found}; "
+            f"the first is at x {column}, y {row}"
         )
     return torch.from_numpy(labels.astype(np.uint8))
 
 
 def _mode_message(path: Path, mode: str) -> str:
     if mode.startswith("I"):
-        return f"{path}: a label map of 16 bits; write it with 8 (ids of 0 to 255)"
+        return f"{path}: a label map of 16 bits; save it with 8 bits (ids 0 to 255)"
     return (
-        f"{path}: an image of colours ({mode}), not of class ids; write a grey or palette PNG "
-        "whose numbers are the ids"
+        f"{path}: an image of colours ({mode}), not of class ids; save it as a grey or palette PNG "
+        "whose pixel values are the ids"
     )
 
 
@@ -109,15 +110,15 @@ _ADE_FOLDERS = {"train": "training", "val": "validation"}
 
 @dataclass(frozen=True)
 class LabelMapSplit:
-    """A split of images with a label map each.
+    """A split of a semantic segmentation dataset: images, each with a label map.
 
     Attributes:
-        where: Start of messages.
+        where: File or folder of the split, the prefix of error messages.
         images: Image files.
         class_names: C names.
-        label_map: Reads or draws the label map of an image, given its position in the split and its
-            height and width: (H, W) uint8, classes and `VOID`. Raises a `UserError` if the map is
-            missing, corrupt or of another size.
+        label_map: Reads or draws the label map of an image, given the image's index in `images` and
+            its (height, width): (H, W) uint8, classes and `VOID`. Raises a `UserError` if the map
+            is missing, corrupt or of another size.
     """
 
     where: str
@@ -127,15 +128,15 @@ class LabelMapSplit:
 
 
 def coco_label_maps(index: CocoIndex) -> LabelMapSplit:
-    """A split of a COCO-format dataset: background is class 0, smaller objects are on top."""
+    """Open a COCO-format split as label maps: class 0 is background, smaller objects are on top."""
     images = tuple(index.path(number) for number in range(len(index)))
     names = ("background", *index.class_names)
     return LabelMapSplit(str(index.annotation_file), images, names, partial(_drawn_map, index))
 
 
-# The maps of splits are read by partials of module functions, as samples are pickled to workers.
+# A split's `label_map` is a partial of a module-level function because workers receive it pickled.
 def _drawn_map(index: CocoIndex, number: int, size: tuple[int, int]) -> Tensor:
-    """Draw the map of an image; crowds are void."""
+    """Draw the label map of image `number`; crowds are void."""
     own = index.size_of(number)
     if own != size:
         raise UserError(
@@ -155,9 +156,9 @@ def split_of_files(
     class_names: tuple[str, ...],
     table: Table,
 ) -> LabelMapSplit:
-    """A split of pairs of an image file and a label-map file, all of which must exist.
+    """Make a split of (image file, label-map file) pairs; check that all files exist.
 
-    `where` is the start of messages; `table` maps ids in the label maps to classes (`id_table`).
+    `where` is the prefix of error messages; `table` maps ids in the files to classes (`id_table`).
     """
     if not pairs:
         raise UserError(f"{where}: empty split: no images")
@@ -167,7 +168,7 @@ def split_of_files(
 
 
 def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
-    """Open a split, `train`, `val` or `test`, of a published dataset."""
+    """Open the `train`, `val` or `test` split of a published dataset."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
     opened: LabelMapSplit = found.open(root, split)
@@ -175,11 +176,11 @@ def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
 
 
 def _camvid(root: Path, split: str) -> LabelMapSplit:
-    """`train/*.png`, `trainannot/*.png`; `train.txt` lists the images if present."""
+    """Open `train/*.png` and `trainannot/*.png`; a `train.txt`, if present, lists the images."""
     images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
     found = images_in(images)
     if listing.is_file():
-        # Some copies list paths of images and maps, others names.
+        # Some copies of CamVid list the paths of images and maps, others the images' names.
         lines = [line.split() for line in listing.read_text().splitlines()]
         names = [Path(words[0]).stem for words in lines if words]
         found = _listed(found, names, listing, images)
@@ -190,7 +191,7 @@ def _camvid(root: Path, split: str) -> LabelMapSplit:
 
 
 def _cityscapes(root: Path, split: str) -> LabelMapSplit:
-    """`leftImg8bit/train/CITY/*_leftImg8bit.png`, `gtFine/train/CITY/*_gtFine_labelIds.png`."""
+    """Open `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png`, `gtFine/SPLIT/CITY/*_labelIds.png`."""
     images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
     pairs = []
     for path in sorted(images.glob(f"*/*{end}")):
@@ -204,7 +205,7 @@ def _cityscapes(root: Path, split: str) -> LabelMapSplit:
 
 
 def _ade20k(root: Path, split: str) -> LabelMapSplit:
-    """`images/training/*.jpg`, `annotations/training/*.png`: 0 is void, 1..150 are the classes."""
+    """Open `images/training/*.jpg`, `annotations/training/*.png`: id 0 is void, 1..150 classes."""
     folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
     pairs = [
@@ -216,7 +217,7 @@ def _ade20k(root: Path, split: str) -> LabelMapSplit:
 
 
 def _voc2012(root: Path, split: str) -> LabelMapSplit:
-    """`ImageSets/Segmentation/train.txt`, `JPEGImages/*.jpg`, `SegmentationClass/*.png`."""
+    """Open the `JPEGImages/*.jpg` and `SegmentationClass/*.png` that the split's .txt lists."""
     listing = root / _LISTS / f"{split}.txt"
     names = listing.read_text().split()
     pairs = [
@@ -246,7 +247,7 @@ VOC2012 = Layout(_voc2012, _LISTS, lambda root: [p.stem for p in (root / _LISTS)
 
 
 def _ade_names(root: Path) -> tuple[str, ...]:
-    """First name of each class in `objectInfo150.txt`; numbers without that file."""
+    """First name of each class in `objectInfo150.txt`, or "class N" if there is no such file."""
     listing = root / "objectInfo150.txt"
     if not listing.is_file():
         return tuple(f"class {number}" for number in range(1, 151))
@@ -263,6 +264,6 @@ def _listed(
     names = list(dict.fromkeys(names))
     if missing := [name for name in names if name not in found]:
         raise UserError(
-            f"{listing}: {len(missing)} of its images are not in {folder}, {missing[0]} the first"
+            f"{listing}: {len(missing)} of its images, such as {missing[0]}, are not in {folder}"
         )
     return {name: found[name] for name in names}

@@ -1,4 +1,4 @@
-"""Splits of published datasets, and subsets chosen by image id or name."""
+"""Splits of published datasets, and random subsets of images chosen by id or name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.int64] | None:
-    """Ids of the labelled images; None = all.
+    """Choose a fraction of the images, whose labels a student may use: their ids, or None for all.
 
-    Chosen by (seed, image id), independent of the order of the file.
+    The choice is by a hash of (seed, image id), so the order of images in the file does not matter.
     """
     if fraction >= 1.0:
         return None
@@ -33,7 +33,7 @@ def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.
 def objects_on(
     index: CocoIndex, images: Collection[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the objects on images with these ids (None = all), and the position of each image."""
+    """Rows of the objects on images with these ids (None = all), and the image index of each."""
     owners = np.repeat(np.arange(len(index)), np.diff(index.first))
     rows = np.arange(len(owners))
     if images is not None:
@@ -42,7 +42,7 @@ def objects_on(
 
 
 def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
-    """Fold of each image, a function of its id only."""
+    """Assign each image to a fold, 0..folds-1, by a hash of the image id: (K,)."""
     positions = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
     return np.minimum((np.array(positions) * folds).astype(np.int64), folds - 1)
 
@@ -53,10 +53,10 @@ def _hash_to_unit(text: str) -> float:
 
 
 def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Choose the val split of a dataset without splits, by name.
+    """Choose the names of the val split of a dataset that has no splits.
 
-    Names are ranked by a hash of seed and name, so that an added or removed image moves at most one
-    other to the other split. With two images or more, neither split is empty.
+    Names are ranked by a hash of seed and name, so that adding or removing an image changes the
+    split of at most one other image. With two or more images, neither split is empty.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
     count = min(max(1, round(fraction * len(order))), max(1, len(order) - 1))
@@ -65,13 +65,14 @@ def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A published layout.
+    """A published layout of a dataset's files.
 
     Attributes:
-        open: Opens a split, from the dataset's folder, the split's name and further options.
-        holds: A path in the folder that identifies the layout; a function of the split's name where
-            splits have folders of their own.
-        splits: Lists the splits in a folder; by default they are random.
+        open: Opens a split, given the dataset's folder, the split's name and further options.
+        holds: A relative path that exists in the folder of every dataset in this layout, or a
+            function from a split's name to that path.
+        splits: Lists the names of the splits in a dataset's folder; by default, a random train and
+            val split.
     """
 
     open: Callable[..., Any]
@@ -79,11 +80,11 @@ class Layout:
     splits: Callable[[Path], Iterable[str]] = lambda root: ("train", "val")
 
     def known_by(self, split: str) -> str:
-        """Path in the dataset's folder that identifies the layout, given the name of a split."""
+        """Relative path by which a folder in this layout is recognised, given a split's name."""
         return self.holds if isinstance(self.holds, str) else self.holds(split)
 
     def check(self, root: Path, layout: str, split: str) -> None:
-        """Check that a folder is in this layout, whose name is `layout`, and has a split."""
+        """Check that folder `root` is in this layout, named `layout`, and has the split `split`."""
         if not (root / self.known_by(split)).exists():
             raise UserError(
                 f"{root}: no {self.known_by(split)} in it, so it is not the folder of {layout}; "
@@ -95,7 +96,7 @@ class Layout:
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """Map stem to path of the images in a folder."""
+    """Return the paths of the images in a folder, keyed by file name without suffix."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -105,7 +106,7 @@ def images_in(folder: Path) -> dict[str, Path]:
 
 
 def check_files(files: Mapping[str, Sequence[Path]]) -> None:
-    """Check that files of each kind exist."""
+    """Check that all files exist; the keys of `files`, e.g. "label map", are for error messages."""
     for kind, paths in files.items():
         if missing := [path for path in paths if not path.is_file()]:
             raise UserError(

@@ -1,8 +1,9 @@
 """Box datasets in published layouts, converted to COCO JSONs on first use.
 
-A JSON lies beside the data (`kd.formats.box_annotations`), and beside it, in `instances_x.made`,
-the names, sizes and times of its source files. While these are unchanged nothing is read again,
-which for ten thousand small files on a network disk would take most of a minute.
+The JSON is stored beside the data (`kd.formats.box_annotations`), together with a record,
+`instances_x.made`, of the names, sizes and times of its source files. While these are unchanged,
+the source files are not read again: ten thousand small files on a network disk would take most of a
+minute.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from kd.utils.io import cache_path, write_text
 log = logging.getLogger(__name__)
 
 _SEPARATORS = re.compile(r"[^\w.+-]+")
-_VERSION = 1  # increase to rebuild all JSONs
+_VERSION = 1  # increase it to rebuild all stored JSONs
 
 
 @dataclass(frozen=True)
 class BoxSplit:
-    """A split in a published layout.
+    """A split in a published layout, from which a COCO JSON can be built.
 
     Attributes:
-        read: Returns the content of its COCO JSON.
-        folder: Folder whose `annotations` receives the JSON.
-        name: Name of the JSON after `instances_`.
+        read: Reads the source files; returns the content of the COCO JSON.
+        folder: Folder in whose subfolder `annotations` the JSON is stored.
+        name: The JSON is named `instances_NAME.json`.
         images: Folder of the images.
-        sources: Files the JSON is built from, or folders of such files.
-        listed: Folders of which only the file names matter.
-        parameters: Other inputs of the JSON.
+        sources: Files, or folders of files, from whose contents the JSON is built.
+        listed: Folders from whose file names alone the JSON is built.
+        parameters: Other values that the JSON depends on, such as class names.
     """
 
     read: Callable[[], Json]
@@ -60,14 +61,14 @@ class BoxSplit:
 def coco_split(
     layout: str, root: Path, split: str, classes: Sequence[str] | None = None
 ) -> tuple[Path, Path]:
-    """Return a split's COCO JSON, built if missing or outdated, and its image folder.
+    """Return the paths of a split's COCO JSON, built if missing or outdated, and its image folder.
 
     Args:
         layout: A name in `kd.formats.LAYOUTS`, or `package.module:attribute`.
-        root: The folder of the dataset; for VOC `VOCdevkit`.
-        split: Name of the split; for VOC with its folder, `VOC2007/trainval`, or several years as
-            `VOC2007/trainval+VOC2012/trainval`.
-        classes: Class names of a custom dataset in VOC's layout.
+        root: The dataset's folder; for VOC, `VOCdevkit`.
+        split: Name of the split; for VOC with the folder of the year, such as `VOC2007/trainval`.
+            `+` joins several years, as in `VOC2007/trainval+VOC2012/trainval`.
+        classes: Class names of a custom dataset in VOC's layout; None for VOC's own.
     """
     made = resolve(LAYOUTS, layout, what="layout")
     if is_foreign(layout):
@@ -76,7 +77,7 @@ def coco_split(
     found: BoxSplit = made.open(root, split, classes)
     lock = cache_path("boxed", found.folder, "lock")  # the dataset's folder may be read-only
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without a lock every process builds it
+        with contextlib.suppress(OSError):  # if locking fails, every process builds the JSON
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock))
         return _coco_json(found), found.images
@@ -85,25 +86,25 @@ def coco_split(
 def _coco_json(split: BoxSplit) -> Path:
     fingerprint = _fingerprint(split)
     for path in instances_paths(split.folder, split.name):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # no JSON, or no record of it
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # there is no JSON or no record
             record = path.with_suffix(".made").read_text(encoding="utf-8")
             if record == _record_of(path, fingerprint):
                 return path
-    log.info("%s: converting boxes to COCO JSON (once)", split.folder)
+    log.info("%s: converting the boxes to a COCO JSON, which happens only once", split.folder)
     path = instances_file(split.read(), split.folder, split.name)
-    with contextlib.suppress(UserError):  # without it the boxes are read again
+    with contextlib.suppress(UserError):  # without a record the boxes are read again next time
         write_text(path.with_suffix(".made"), _record_of(path, fingerprint))
     return path
 
 
 def _record_of(path: Path, fingerprint: str) -> str:
-    """Content of `instances_x.made` for a JSON built from sources with this fingerprint."""
+    """Content of the record `instances_x.made` of a JSON whose sources have this fingerprint."""
     status = path.stat()
     return json.dumps({"sources": fingerprint, "size": status.st_size, "time": status.st_mtime_ns})
 
 
 def _fingerprint(split: BoxSplit) -> str:
-    """Hash of all inputs of a JSON; changes that keep size and time go unnoticed."""
+    """Hash all inputs of a JSON; a changed file of the same size and time is not noticed."""
     lines = [str(_VERSION), *split.parameters]
     for path in split.sources:
         lines += sorted(_file_states(path))
@@ -114,26 +115,26 @@ def _fingerprint(split: BoxSplit) -> str:
 
 
 def _file_states(path: Path) -> Iterator[str]:
-    """Name, size and time of a file, or of all files of a folder; nothing if it does not exist."""
+    """Yield name, size and time of a file or of each file in a folder; nothing if it is missing."""
     with contextlib.suppress(OSError):
         if not path.is_dir():
             yield f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
             return
         with os.scandir(path) as entries:
             for entry in entries:
-                # On case-insensitive disks VOC's Annotations also holds the JSONs.
+                # On a case-insensitive disk, VOC's folder Annotations also contains our JSONs.
                 if entry.name.startswith("instances_"):
                     continue
                 yield f"{entry.name} {entry.stat().st_size} {entry.stat().st_mtime_ns}"
 
 
 def _voc(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
-    """Open a split of one year, or of several joined by `+`."""
+    """Open a VOC split of one year, or of several years joined by `+`."""
     parts = [_voc_year(root, one, classes) for one in split.split("+")]
     if len(parts) == 1:
         return parts[0]
     if twice := [one.name for one in parts if [each.name for each in parts].count(one.name) > 1]:
-        raise UserError(f"{root}: train or val {split!r} has {twice[0]} twice")
+        raise UserError(f"{root}: the split {split!r} has {twice[0]} twice")
     folders = [one.images.relative_to(root).as_posix() for one in parts]
     return BoxSplit(
         read=lambda: joined([part.read() for part in parts], folders),
@@ -151,8 +152,8 @@ def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit
     folder = root / head
     if not (folder / "Annotations").is_dir():
         raise UserError(
-            f"{folder}: no Annotations in it; expected VOCdevkit as data.root, and splits "
-            "with their folder: VOC2007/trainval"
+            f"{folder}: has no Annotations folder; set data.root to VOCdevkit and write each split "
+            "with its folder, such as VOC2007/trainval"
         )
     images, annotations = folder / "JPEGImages", folder / "Annotations"
     return BoxSplit(
@@ -167,7 +168,7 @@ def _voc_year(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit
 
 
 def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
-    assert classes is None  # ensured by the schema
+    assert classes is None  # the config schema allows custom classes for VOC only
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
     lists = () if split == ALL else (root / "ImageSets" / f"{split}.txt",)
     return BoxSplit(
@@ -175,7 +176,7 @@ def _kitti(root: Path, split: str, classes: Sequence[str] | None) -> BoxSplit:
         folder=root,
         name=f"kitti_{split}",
         images=images,
-        sources=(*lists, labels, images),  # their sizes are in the JSON
+        sources=(*lists, labels, images),  # images too, because the JSON has their height and width
     )
 
 

@@ -1,8 +1,9 @@
 """Pascal VOC's boxes as a COCO JSON (Everingham et al., 2010, doi:10.1007/s11263-009-0275-4).
 
-Reads `VOCdevkit/VOC2007` and the like: `Annotations/*.xml`, `ImageSets/Main/*.txt`, `JPEGImages`.
-VOC's pixels are one-based and inclusive: a box from 1 to 16 becomes 0 to 16, 16 wide. Objects
-marked difficult are crowds in the JSON, which training skips and `kd.metrics.voc_ap` ignores.
+A year's folder, such as `VOCdevkit/VOC2007`, contains `Annotations/*.xml`, `ImageSets/Main/*.txt`
+and `JPEGImages`. VOC's pixel coordinates are one-based and inclusive: a box from 1 to 16 becomes 0
+to 16 in the JSON, 16 pixels wide. Objects marked as difficult are crowds in the JSON, which
+training skips and `kd.metrics.voc_ap` ignores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FLAGS = ("difficult", "truncated", "occluded")
 
 @dataclass
 class _Node:
-    """An XML element and the line it starts on."""
+    """An XML element and the number of the line on which it starts."""
 
     tag: str
     line: int
@@ -37,14 +38,15 @@ class _Node:
 
 
 def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -> Json:
-    """Read a split of a year's folder, such as `VOCdevkit/VOC2007`, or of a dataset in its layout.
+    """Convert a split of VOC, or of a custom dataset in VOC's layout, to a COCO JSON.
 
-    `split` is the name of a file of `ImageSets/Main`, without its suffix.
+    `folder` is a year's folder, such as `VOCdevkit/VOC2007`; `split` is the name of a file in
+    `ImageSets/Main` without its suffix.
 
     Returns:
         The content of a COCO JSON with file names as in `JPEGImages`; category ids count from 1 in
-        the order of `classes`. Annotations also have `difficult`, `truncated` and `occluded`, 0 or
-        1; `iscrowd` is `difficult`.
+        the order of `classes`. Annotations also have `difficult`, `truncated` and `occluded`, each
+        0 or 1; `iscrowd` equals `difficult`.
     """
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
@@ -57,7 +59,7 @@ def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -
         path = folder / "Annotations" / f"{name}.xml"
         if not path.is_file():
             raise UserError(
-                f"{where}:{line}: no annotations {path}; those of some test splits are not public"
+                f"{where}:{line}: no annotation file {path}; some test splits' are not public"
             )
         _add(content, path, image_id, images[name].name, classes)
     return content.done(where)
@@ -99,7 +101,7 @@ def _corners(entry: _Node, path: Path) -> Corners:
     x1, y1, x2, y2 = (_number(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
     if x2 < x1 or y2 < y1:
         raise UserError(
-            f"{path}:{box.line}: a box without an area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}"
+            f"{path}:{box.line}: this box has no area: x {x1:g} to {x2:g}, y {y1:g} to {y2:g}"
         )
     return x1 - 1, y1 - 1, x2, y2
 
@@ -123,7 +125,7 @@ def _number(parent: _Node, tag: str, path: Path) -> float:
 
 
 def _flag(parent: _Node, tag: str, path: Path) -> int:
-    """0 or 1; missing means 0."""
+    """Read a flag, 0 or 1; a missing flag is 0."""
     found = parent.child(tag)
     if found is None:
         return 0
@@ -133,7 +135,7 @@ def _flag(parent: _Node, tag: str, path: Path) -> int:
 
 
 def _parse(path: Path) -> _Node:
-    """Parse an XML file with line numbers, which `xml.etree` does not keep."""
+    """Parse an XML file; unlike `xml.etree`, record the line number of each element."""
     parser = expat.ParserCreate()
     parser.buffer_text = True
     stack = [_Node("", 0)]

@@ -1,1 +1,1 @@
-"""Sharded storage of teacher outputs."""
+"""Storage of teacher outputs and class maps in sharded files."""

@@ -1,9 +1,8 @@
-"""Read cached teacher outputs for a sample, and transform them like its image.
+"""Read cached teacher outputs for a sample, and transform feature maps like the sample's image.
 
-A cached feature map covers the whole image, padded to a square, whatever the size at which the
-sample reads that image. The image's augmentation is applied to the map by bilinear sampling. How
-close the result comes to the teacher's output for the augmented image is measured by
-`kd.teacher_cache.equivariance`.
+A sample's augmentation is applied to a cached map by bilinear sampling.
+`kd.teacher_cache.equivariance` measures how close the result is to the teacher's output for the
+augmented image.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from kd.transforms.crops import Crop
 PREFIX = "stored."
 STRIDE = 8
 MIRRORED = "mirrored_"
-_DOWNSCALE_FROM = 1.5  # maps that are this many times as fine as the result are antialiased
+_DOWNSCALE_FROM = 1.5  # downscaling by a larger factor than this is antialiased
 
 
 class CachedField:
     """A cached output of a teacher, looked up by annotation or image id.
 
     Args:
-        store: Has the field `values`; `indices` too if only the top k channels were stored; and
-            both again with the prefix `mirrored_` if outputs for mirrored images were stored.
-        name: Key in the sample, after `stored.`.
-        channels: Channels of the output if only the top k are stored.
+        store: Store with the field `values`, and `indices` if only the top k channels were stored.
+            Outputs for mirrored images, if stored, are in fields with the prefix `mirrored_`.
+        name: The output's key in a sample is `stored.NAME`.
+        channels: Number of channels of the teacher's output, needed if only the top k are stored.
         stride: Pixels of a crop per cell of its feature map.
     """
 
@@ -40,12 +39,12 @@ class CachedField:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one object's output."""
+        """Shape of the output for one object or image."""
         stored = self.store.fields["values"].shape
         return (self.channels, *stored[1:]) if "indices" in self.store.fields else stored
 
     def whole(self) -> Tensor:
-        """Read the outputs of all objects, in ascending order of id."""
+        """Read the outputs for all objects, in ascending order of their ids: (M, *shape)."""
         values = torch.from_numpy(self.store.column("values"))
         if "indices" not in self.store.fields:
             return values
@@ -54,7 +53,9 @@ class CachedField:
     def __call__(
         self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
     ) -> Tensor:
-        """Read the outputs of a sample's hidden objects and augment them like the image.
+        """Read the outputs for a sample's hidden objects and augment feature maps like the image.
+
+        The stored maps cover the image after it was padded to a square.
 
         Args:
             object_ids: (K,) annotation ids.
@@ -63,14 +64,14 @@ class CachedField:
             frame: Side of the augmented square image, pixels.
 
         Returns:
-            (K, C, ...).
+            (K, *shape).
         """
         prefix = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
             prefix, plan = MIRRORED, plan.of_mirrored(size)
         values = self._read(object_ids, prefix)
         if values.ndim == 4 and not (plan.is_identity and max(size) == frame):
-            # The maps cover the image padded to a square.
+            # The maps cover a square whose side is the image's long side.
             before, grid = (max(size), max(size)), (values.shape[2], values.shape[3])
             values = resample(values, plan.sources(size), before, (frame, frame), grid)
         return values
@@ -78,7 +79,7 @@ class CachedField:
     def cropped(
         self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
-        """Read the output of an image and cut it like the image.
+        """Read the output for an image; a feature map is cropped like the image.
 
         Args:
             image: The image's id.
@@ -87,7 +88,7 @@ class CachedField:
             frame: Height and width of the crop, pixels.
 
         Returns:
-            (1, C, h, w), a cell per `stride` pixels of the crop; other outputs than maps as stored.
+            (1, C, h, w) with a cell per `stride` pixels of the crop; (1, *shape) if not a map.
         """
         prefix = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
@@ -114,10 +115,10 @@ def resample(
     frame: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """Resample feature maps of an image on the grid of a transformed image.
+    """Resample feature maps of an image to the grid of a geometrically transformed image.
 
     Args:
-        maps: (K, C, h, w), covering the image.
+        maps: (K, C, h, w), which cover the whole image.
         sources: (2, 3) affine map from (x, y, 1) in pixels of the transformed image to (x, y) in
             pixels of the image.
         size: Height and width of the image.
@@ -125,10 +126,12 @@ def resample(
         grid: Rows and columns of the result.
 
     Returns:
-        (K, C, *grid), same dtype; outside of the image the edge is repeated. A grid that is coarser
-        than the maps averages their cells.
+        (K, C, *grid) of the same dtype. Cells outside the image repeat its edge. If the grid is
+        coarser than the maps, several cells of the maps are averaged.
     """
-    steps = np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid  # in the image, down and right
+    steps = (
+        np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid
+    )  # pixels per cell, down and right
     maps = _downscale(maps, steps * maps.shape[2:] / size)
     down = (torch.arange(grid[0], dtype=torch.float64) + 0.5) * (frame[0] / grid[0])
     right = (torch.arange(grid[1], dtype=torch.float64) + 0.5) * (frame[1] / grid[1])
@@ -144,7 +147,7 @@ def resample(
 
 
 def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    """Scale maps down by the given factors where these are large; otherwise return them."""
+    """Scale height and width down by `factors`, each only if it is above `_DOWNSCALE_FROM`."""
     shape = [
         round(side / factor) if factor > _DOWNSCALE_FROM else side
         for side, factor in zip(maps.shape[2:], factors.tolist(), strict=True)
@@ -158,19 +161,20 @@ def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
 
 
 def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the `count` most likely classes of (K, C, ...) logits, for storage.
+    """Compute the log-probabilities of the `count` most likely classes, to store less.
 
     Returns:
-        Values and indices, (K, count, ...) each; indices are uint8 or int16.
+        Log-probabilities and class indices (uint8 or int16) of (K, C, ...) logits, (K, count, ...)
+        each.
     """
     values, indices = logits.float().log_softmax(dim=1).topk(count, dim=1)
     return values, indices.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
 def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
-    """Undo `top_k_log_probs`: log-probabilities (K, channels, ...), of the values' dtype.
+    """Undo `top_k_log_probs`: log-probabilities (K, channels, ...) of the same dtype as `values`.
 
-    The remaining probability is uniform over the other classes.
+    The probability that was not stored is spread evenly over the other classes.
     """
     values32 = values.float()
     rest = (1 - values32.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6)

@@ -1,10 +1,10 @@
 """Store of records by id: safetensors shards in a folder, on local disk or object storage.
 
-All records have the same fields, each of one dtype and shape, and are read by id in any order from
-any number of processes. A shard's file name holds its number and the checksum of its content, so
-that listing the folder shows what is there, an interrupted run continues with the missing shards,
-and corrupt ones are found and rebuilt. The measurements behind the format are in
-`docs/results/cost.md`.
+All records have the same fields, each of one dtype and shape. Any number of processes may read
+records by id, in any order. A shard's file name contains its number and the checksum of its
+content. A listing of the folder therefore shows which shards exist: an interrupted run continues
+with the missing ones, and corrupt ones are found and rebuilt. The measurements that led to this
+format are in `docs/results/cost.md`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TYPES = {
     "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8, "I16": np.int16,
     "I32": np.int32, "I64": np.int64,
 }  # fmt: skip
-_FIRST_READ = 1 << 16  # one request fetches the header and, in most shards, the ids
+_FIRST_READ = 1 << 16  # bytes of a shard's first request, enough for most headers
 
 
 @dataclass(frozen=True)
 class Field:
-    """Location of a tensor in the file, and the dtype and shape of one row."""
+    """A tensor in a shard: dtype and shape of one row, number of rows, and offset in the file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -52,10 +52,10 @@ class Field:
 
 
 class Shard:
-    """A safetensors file whose tensors have records as their first dimension.
+    """Reader of a safetensors file in which row i of each tensor belongs to record i.
 
-    `url` is the store's URL, which selects the fsspec file system; `path` is the file's path in it.
-    Only local files are memory-mapped.
+    `url` is the store's URL, which selects the fsspec file system; `path` is the file's path in
+    that file system. If `local`, the file is memory-mapped.
     """
 
     def __init__(self, url: str, path: str, *, local: bool) -> None:
@@ -76,7 +76,7 @@ class Shard:
                 self.fields[name] = Field(dtype, tuple(shape), count, offset)
 
     def all(self, name: str) -> NDArray[Any]:
-        """Read a whole tensor."""
+        """Read a whole tensor: (rows, *shape)."""
         field = self.fields[name]
         raw = self._bytes(field.offset, field.offset + field.row_bytes * field.count)
         return np.frombuffer(raw, field.dtype).reshape(field.count, *field.shape)
@@ -84,7 +84,7 @@ class Shard:
     def read_into(
         self, out: Mapping[str, NDArray[Any]], places: Sequence[int], rows: Sequence[int]
     ) -> None:
-        """Copy rows of the fields of `out` to its `places`."""
+        """For each field of `out`, copy the shard's `rows` to the indices `places` of its array."""
         starts: list[int] = []
         ends: list[int] = []
         for name in out:
@@ -113,10 +113,11 @@ class Shard:
 
 @functools.lru_cache(maxsize=64)
 def _mapped(path: str, size: int, changed: int) -> NDArray[np.uint8]:
-    """Memory-map a file; the cache limits open descriptors.
+    """Memory-map a file; the cache limits the number of open files.
 
-    Not an attribute of shards, which are pickled to workers. Keyed by size and time, because
-    reading beyond the end of a truncated file would kill the process.
+    The map is not an attribute of a shard because shards are pickled for workers. Size and time are
+    arguments so that a changed file is mapped again: reading beyond the end of a file that was
+    truncated would kill the process.
     """
     return np.memmap(path, np.uint8, "r")
 
@@ -129,17 +130,17 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class Store:
-    """Records in one folder, by id.
+    """Sharded records in one folder, read by id.
 
     Args:
-        url: A local path, or any URL of fsspec: `s3://...`, `filecache::https://...`.
+        url: A local path, or any URL that fsspec opens: `s3://...`, `filecache::https://...`.
     """
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         try:
             _, self._root = fsspec.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
+        except (ImportError, ValueError) as error:  # unknown protocol or missing package
             raise UserError(f"{self.url}: {error}") from error
         self._local = isinstance(self._files, LocalFileSystem)
         self._shards: list[Shard] | None = None
@@ -150,14 +151,14 @@ class Store:
 
     @property
     def _files(self) -> Any:
-        """File system; fsspec has one per process, which must not be shared across a fork."""
+        """The file system, looked up at each use because a fork must not share an fsspec object."""
         return fsspec.url_to_fs(self.url)[0]
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Read the manifest; None if there is none."""
+        """Read the manifest: format, `about`, number of shards and notes; None if there is none."""
         try:
             content = json.loads(self._files.cat_file(self._path(_MANIFEST)))
         except FileNotFoundError:
@@ -170,10 +171,10 @@ class Store:
         return dict(content)
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
-        """Start a store of `shards` shards, removing those of an earlier one.
+        """Create a store that will have `shards` shards; remove the shards of an earlier store.
 
-        `about` is what the records depend on, which `check_about` compares; `notes` are further
-        entries of the manifest.
+        `about` contains everything that the records depend on, for `check_about` to compare;
+        `notes` are further entries of the manifest.
         """
         for name in self._names():
             self._remove(name)
@@ -181,7 +182,7 @@ class Store:
         self._write(_MANIFEST, json.dumps(content, indent=1).encode())
 
     def check_about(self, about: Mapping[str, Any]) -> None:
-        """Reject a store with other content; the message lists each difference."""
+        """Raise a UserError that lists the differences if the manifest has another `about`."""
         manifest = self.manifest()
         there = {} if manifest is None else manifest["about"]
         differences = [
@@ -196,13 +197,13 @@ class Store:
             )
 
     def present(self) -> dict[int, str]:
-        """Existing shards: number to file name."""
+        """File names of the existing shards, keyed by their numbers."""
         return {int(name.partition("-")[0]): name for name in self._names()}
 
     def _names(self) -> list[str]:
-        """All shard files; two runs at once may write several for a number."""
+        """Names of all shard files; two runs at once may write two files for one shard number."""
         files = self._files
-        files.invalidate_cache(self._root)  # other processes may write here
+        files.invalidate_cache(self._root)  # other processes may have written here
         try:
             names = [str(name).rsplit("/", 1)[-1] for name in files.ls(self._root, False)]
         except FileNotFoundError:
@@ -210,23 +211,22 @@ class Store:
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def missing(self) -> list[int]:
-        """Numbers of the missing shards."""
+        """Numbers of the shards that have not been written yet."""
         manifest = self.manifest()
         there = self.present()
         return [n for n in range(manifest["shards"] if manifest else 0) if n not in there]
 
     def write_shard(self, number: int, records: Mapping[str, NDArray[Any]]) -> None:
-        """Write a shard atomically: fields of equal length, including `ids`."""
+        """Write shard `number` atomically; `records` has fields of equal length and `ids`."""
         arrays = {name: np.ascontiguousarray(array) for name, array in records.items()}
         content = save(arrays, metadata={"format": FORMAT})
         self._write(f"{number:05d}-{_checksum(content)}.safetensors", content)
         self._shards = None
 
     def remove_corrupt(self) -> list[str]:
-        """Verify every shard against the checksum in its name; remove corrupt ones, return names.
+        """Verify each shard against the checksum in its name; remove and return corrupt ones.
 
-        Shards that were verified before and have not changed since (by size and time, or by what
-        the file system offers) are not read again.
+        A shard that was verified before is read again only if its size, time or ETag has changed.
         """
         known, verified, corrupt = self._verified(), {}, []
         for name in self._names():
@@ -239,7 +239,7 @@ class Store:
                     continue
             verified[name] = fingerprint
         if corrupt or verified != known:
-            with contextlib.suppress(UserError):  # a read-only store needs no record
+            with contextlib.suppress(UserError):  # a read-only store is verified each time
                 self._write(_VERIFIED, json.dumps(verified).encode())
         self._shards = None if corrupt else self._shards
         return corrupt
@@ -258,7 +258,7 @@ class Store:
         return content if isinstance(content, dict) else {}
 
     def _fingerprint(self, name: str) -> list[int | str] | None:
-        """A value that changes with the file; None if the file system offers none."""
+        """A value that changes whenever the file does; None if the file system offers none."""
         if self._local:
             status = Path(self._path(name)).stat()
             return [status.st_size, status.st_mtime_ns]
@@ -277,23 +277,23 @@ class Store:
             raise UserError(f"{self.url}/{name}: cannot be written: {error}") from error
 
     def ids(self) -> NDArray[np.int64]:
-        """Ids of all records, ascending."""
+        """Ids of all records in ascending order, (M,)."""
         self._open()
         return self._sorted
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Fields of a record, without its id."""
+        """Fields of a record by name, without `ids`."""
         self._open()
         return self._fields
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Total size of all shards in bytes."""
         return sum(int(self._files.size(self._path(name))) for name in self.present().values())
 
     def column(self, name: str) -> NDArray[Any]:
-        """A field of all records, in the order of `ids()`."""
+        """Read one field of all records, in the order of `ids()`: (M, *shape)."""
         parts = [shard.all(name) for shard in self._open()]
         whole: NDArray[Any] = np.concatenate(parts)[self._order]
         return whole
@@ -301,14 +301,14 @@ class Store:
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], names: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Read fields (None = all) of records by id, (K,): (K, *shape) each, in that order."""
+        """Read the records of K ids: for each field in `names` (None = all), (K, *shape)."""
         shards = self._open()
         wanted = np.asarray(ids, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._sorted, wanted), max(len(self._sorted) - 1, 0))
         if not len(self._sorted) or (self._sorted[places] != wanted).any():
             unknown = wanted[~np.isin(wanted, self._sorted)]
             raise UserError(
-                f"{self.url}: no record of {len(unknown)} objects, first {unknown[0]}; "
+                f"{self.url}: has no record of {len(unknown)} ids, such as {unknown[0]}; "
                 "was it built for another dataset?"
             )
         rows = self._order[places]

@@ -1,1 +1,1 @@
-"""Small helpers shared by all packages."""
+"""Helpers for image files, atomic writes, the cache folder and memory allocation."""

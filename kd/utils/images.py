@@ -1,8 +1,8 @@
-"""Read image files at the working size.
+"""Read image files and scale them to a working size.
 
-Pillow decodes (as fast here as torchvision, whose decoders are deprecated), torch resizes: its
-8-bit antialiased bilinear is about three times as fast as Pillow's. A JPEG at least twice the
-target size is decoded at 1/2, 1/4 or 1/8, which the block transform provides for less work.
+Pillow decodes, as fast as torchvision, whose decoders are deprecated. Torch resizes, because its
+antialiased bilinear interpolation of 8-bit images is about three times as fast as Pillow's. A JPEG
+of at least twice the target size is decoded at 1/2, 1/4 or 1/8 of its size, which is less work.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ UNREADABLE = (
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after scaling the long side to `size`, at least 1 each."""
+    """Height and width after the long side is scaled to `size`; each is at least 1."""
     scale = size / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def file_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from its header."""
+    """Height and width of an image file, read from its header."""
     try:
         with Image.open(path) as file:
             return file.height, file.width
@@ -48,7 +48,7 @@ def file_size(path: Path) -> tuple[int, int]:
 
 
 def grey_image(size: tuple[int, int]) -> Tensor:
-    """A placeholder where images are not used: (3, height, width) uint8, all grey."""
+    """A grey placeholder for an image that is not used: (3, height, width) uint8."""
     return torch.full((3, *size), _GREY, dtype=torch.uint8)
 
 
@@ -64,13 +64,13 @@ def read_image(
 ) -> Tensor:
     """Decode an image file to 8-bit RGB and scale its long side to `size`.
 
-    Grey, palette, CMYK and 16-bit files are converted, transparency is dropped. An EXIF orientation
-    is ignored, as in COCO's annotations, unless `upright`.
+    Grey, palette, CMYK and 16-bit files are converted, and transparency is dropped. Unless
+    `upright`, an EXIF orientation is ignored, because COCO's annotations ignore it.
 
     Args:
         path: JPEG, PNG, or another format that Pillow reads.
         size: Long side in pixels; None keeps the stored size.
-        expected: Height and width that the annotations state.
+        expected: Height and width in the annotations, which the file must have.
         upright: Apply the EXIF orientation.
 
     Returns:
@@ -86,7 +86,7 @@ def read_image(
             if expected is not None and (height, width) != expected:
                 raise UserError(_size_message(path, file, expected))
             target = (height, width) if size is None else scaled_size(height, width, size)
-            file.draft(None, (target[1], target[0]))  # never below the target
+            file.draft(None, (target[1], target[0]))  # decode smaller, but never below target
             orientation = file.getexif().get(_EXIF_ORIENTATION, 1) if upright else 1
             pixels = torch.from_numpy(_rgb_array(file))
     except UserError:
@@ -100,8 +100,8 @@ def read_image(
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
-    """Undo an EXIF orientation, 1..8, which tells the scene's edges at the first row and column."""
-    if orientation in (5, 6, 7, 8):  # the first row is the left or the right edge
+    """Undo an EXIF orientation, 1..8: a transposition and flips of the stored pixels."""
+    if orientation in (5, 6, 7, 8):  # stored rows are columns of the upright image
         image = image.transpose(1, 2)
     mirror_x, mirror_y = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
     return image.flip([dim for dim, mirrored in ((2, mirror_x), (1, mirror_y)) if mirrored])

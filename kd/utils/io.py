@@ -1,4 +1,4 @@
-"""Atomic writes, and the cache folder for files that cannot lie beside their source."""
+"""Atomic writes, and the cache folder for files that cannot be stored beside their source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 
 from kd.errors import UserError
 
-PARTIAL = ".partial"  # suffix of unfinished files; a kill leaves them behind
+PARTIAL = ".partial"  # suffix of unfinished files, which a killed process leaves behind
 
 
 def cache_path(kind: str, of: Path, name: str) -> Path:
-    """Path in the cache, `$KD_CACHE` or `~/.cache/kd`, of a file that cannot lie beside its source.
+    """Path in the cache, `$KD_CACHE` or `~/.cache/kd`, for a file derived from the source `of`.
 
-    `kind` is a folder of the cache; different sources `of` never share a path.
+    Used if the file cannot be stored beside its source. `kind` is the folder inside the cache; the
+    path contains a hash of `of`, so that files of different sources differ.
     """
     cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
     digest = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
@@ -31,7 +32,7 @@ def cache_path(kind: str, of: Path, name: str) -> Path:
 def may_write(folder: Path) -> bool:
     """Whether files can be created in a folder or, if it is missing, in its nearest parent.
 
-    A folder without any write permission is read-only on purpose, even to root.
+    A folder without any write permission counts as read-only even for root, who could write there.
     """
     folder = folder.absolute()
     existing = next(one for one in (folder, *folder.parents) if one.exists())
@@ -40,12 +41,12 @@ def may_write(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `out`, missing or empty, at the end.
+    """Yield a temporary folder, which is renamed to `out`, missing or empty before, at the end.
 
-    So `out` is never incomplete; after an error the temporary folder is removed.
+    Thus `out` is never incomplete. After an error the temporary folder is removed.
 
     Raises:
-        UserError: The folder cannot be created, written or moved.
+        UserError: The folder cannot be created, written or renamed.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot create this folder ({error.strerror})") from error
     try:
         yield draft
-        draft.chmod(0o755)  # mkdtemp creates 0700, unreadable to others
+        draft.chmod(0o755)  # mkdtemp makes it unreadable to other users
         draft.replace(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
@@ -63,9 +64,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, write: Any) -> None:
-    """Write through a temporary file, so that a kill or a full disk leaves the old file intact.
+    """Write a temporary file and rename it, so that the old file survives a kill or a full disk.
 
-    `write` is called with the temporary path.
+    `write` is called with the temporary path and writes the file.
 
     Raises:
         UserError: The folder is not writable or the disk is full.
@@ -87,5 +88,5 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write a UTF-8 text file atomically."""
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

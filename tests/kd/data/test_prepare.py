@@ -115,10 +115,10 @@ def test_a_folder_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and holds no prepared copy"):
+    with pytest.raises(UserError, match="is not empty and not a prepared copy"):
         prepare(*source, tmp_path / "mine", size=64)
     prepare(*source, tmp_path / "small", size=64)
-    with pytest.raises(UserError, match="holds a copy of 64 pixels"):
+    with pytest.raises(UserError, match="is a copy of 64 pixels"):
         prepare(*source, tmp_path / "small", size=32)
 
 
@@ -133,7 +133,7 @@ def test_a_file_name_cannot_leave_the_folder(source: tuple[Path, Path], tmp_path
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda out: (out / "prepared.json").unlink(), "holds no prepared copy"),
+        (lambda out: (out / "prepared.json").unlink(), "is not a prepared copy"),
         (lambda out: (out / "annotations.json").unlink(), "unfinished"),
         (lambda out: (out / "prepared.json").write_text("{"), "cannot be read"),
         (lambda out: (out / "prepared.json").write_text("{}"), "another version"),
@@ -166,7 +166,7 @@ def test_a_copy_of_another_splits_images_is_refused(
     prepare(*splits[0], out, size=32)
     with pytest.raises(UserError, match="prepared from other annotations"):
         ObjectSamples(load_coco(*splits[1]), size=32, prepared=out)
-    with pytest.raises(UserError, match="name another folder"):
+    with pytest.raises(UserError, match="choose another folder"):
         prepare(*splits[1], out, size=32)
 
 

@@ -75,7 +75,7 @@ def test_maps_are_drawn_once_and_reused(index: CocoIndex, caplog: pytest.LogCapt
     maps = ClassMaps(index, 32)
     place = Path(maps.store.url)
     assert place.parent == index.annotation_file.parent and place.name.endswith("class_maps-32")
-    assert "(once)" in caplog.text
+    assert "this happens only once" in caplog.text
     files = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
     caplog.clear()
     again = ClassMaps(index, 32)
@@ -97,7 +97,7 @@ def test_maps_of_other_annotations_are_redrawn(
     before = ClassMaps(index, 64)(0, Plan(size=(48, 64)), (48, 64))
     other = edited(index, overlapping)
     after = ClassMaps(other, 64)(0, Plan(size=(48, 64)), (48, 64))
-    assert "class maps of other annotations, redrawing" in caplog.text
+    assert "class maps of other annotations; redrawing them" in caplog.text
     assert not torch.equal(before, after) and (after == 3).any()
 
 

@@ -105,7 +105,7 @@ def test_wrong_density_maps_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     wrong = {
         "zeros.png": "all zeros",
-        "small.png": "the density map is 9 x 8, its image 40 x 30",
+        "small.png": "the density map is 9 x 8, but its image is 40 x 30 pixels",
         "broken.png": "cannot be read",
         "missing.png": "is missing",
     }

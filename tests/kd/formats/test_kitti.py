@@ -86,7 +86,7 @@ def test_evaluation_distinguishes_neighbour_classes_and_regions(tmp_path: Path) 
     assert truth.region.tolist() == [False, False, True, True, True]
     assert truth.occluded[:2].tolist() == [2, 0] and truth.truncated[0] == 0.25
     path.write_text(path.read_text().replace('"Van"', '"Bus"'))
-    with pytest.raises(UserError, match="not of KITTI: an annotation has the type 'Bus'"):
+    with pytest.raises(UserError, match="not from KITTI: an annotation has type 'Bus'"):
         kitti_truth(read_truth(path))
     path.write_text(path.read_text().replace('"Bus"', '"Van"').replace("0.25", '"much"'))
     with pytest.raises(UserError, match="annotation 1: 'truncated' is 'much', expected a number"):
@@ -112,11 +112,11 @@ def test_a_region_without_an_area_covers_nothing(tmp_path: Path) -> None:
         (CAR.strip() + " 0.9\n", r"1\.txt:2: 16 fields, expected 15"),
         (label("Bus", "1 2 9 8"), r"1\.txt:2: unknown type 'Bus'"),
         (label("Pedestrain", "1 2 9 8"), r"unknown type 'Pedestrain'; did you mean 'Pedestrian'"),
-        (label("Car", "1 2 x 8"), r"1\.txt:2: 'x' is not finite"),
-        (label("Car", "1 2 inf 8"), r"1\.txt:2: 'inf' is not finite"),
+        (label("Car", "1 2 x 8"), r"1\.txt:2: 'x' is not a finite number"),
+        (label("Car", "1 2 inf 8"), r"1\.txt:2: 'inf' is not a finite number"),
         (label("Car", "1 2 9 8", occluded="4"), r"1\.txt:2: occluded is 4, expected 0, 1, 2 or 3"),
-        (label("Car", "9 2 9 8"), r"1\.txt:2: a box without an area: x 9 to 9, y 2 to 8"),
-        (label("Van", "1 8 9 2"), r"1\.txt:2: a box without an area"),
+        (label("Car", "9 2 9 8"), r"1\.txt:2: this box has no area: x 9 to 9, y 2 to 8"),
+        (label("Van", "1 8 9 2"), r"1\.txt:2: this box has no area"),
     ],
 )
 def test_bad_labels_are_reported_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
@@ -139,13 +139,15 @@ def test_a_bad_split_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.txt: no such split; there are some, train"):
         kitti_to_coco(root, "none")
     (root / "training" / "label_2" / "2.txt").unlink()
-    with pytest.raises(UserError, match=r"train\.txt:2: no labels .*2\.txt; those of testing"):
+    with pytest.raises(
+        UserError, match=r"train\.txt:2: no label file .*2\.txt; the labels of the test set"
+    ):
         kitti_to_coco(root, "train")
     (root / "training" / "image_2" / "1.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"1\.png: cannot read this image"):
         kitti_to_coco(root, "train")
     (root / "training" / "label_2" / "1.txt").unlink()
-    with pytest.raises(UserError, match="label_2: empty split: it holds no labels"):
+    with pytest.raises(UserError, match="label_2: empty split: it contains no label files"):
         kitti_to_coco(root, "all")
     with pytest.raises(UserError, match="label_2: no such folder"):
         kitti_to_coco(tmp_path / "elsewhere", "train")

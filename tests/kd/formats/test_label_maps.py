@@ -41,12 +41,16 @@ def test_ids_are_mapped_to_classes() -> None:
 
 def test_files_that_are_not_label_maps_are_rejected(tmp_path: Path) -> None:
     wide = written(tmp_path / "wide.png", Image.fromarray(NUMBERS))
-    with pytest.raises(UserError, match=r"wide.png: the label map is 3 x 2, its image 3 x 4"):
+    with pytest.raises(
+        UserError, match=r"wide.png: the label map is 3 x 2, but its image is 3 x 4"
+    ):
         read_label_map(wide, TABLE, expected=(4, 3))
-    with pytest.raises(UserError, match=r"wide.png: 2, 11 not among the ids.* first at x 2, y 0 "):
+    with pytest.raises(
+        UserError, match=r"wide.png: pixels have ids .*: 2, 11; the first is at x 2, y 0"
+    ):
         read_label_map(wide, id_table(2))
     deep = written(tmp_path / "deep.png", Image.fromarray(NUMBERS.astype(np.uint16) * 300))
-    with pytest.raises(UserError, match=r"deep.png: a label map of 16 bits; write it with 8"):
+    with pytest.raises(UserError, match=r"deep.png: a label map of 16 bits; save it with 8"):
         read_label_map(deep, TABLE)
     colours = written(tmp_path / "rgb.png", Image.fromarray(NUMBERS).convert("RGB"))
     with pytest.raises(UserError, match=r"rgb.png: an image of colours \(RGB\), not of class ids"):

@@ -142,7 +142,7 @@ def test_salicon_of_another_resolution_is_rejected(salicon: Path) -> None:
     path = salicon / "fixations" / "val" / "COCO_3.mat"
     mat(path, gaze=gaze_of([[1, 1]]), resolution=[480, 640])
     val = open_gaze("salicon", salicon, "val", WANTED)
-    with pytest.raises(UserError, match=r"COCO_3\.mat: .* of 640 x 480 pixels, but it has 32 x 24"):
+    with pytest.raises(UserError, match=r"COCO_3\.mat: .* of 640 x 480 pixels, but it is 32 x 24"):
         val.fixations(0, SIZE)
 
 
@@ -224,13 +224,15 @@ def test_bad_tables_are_rejected(osie: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"fixations\.npz: no column y; it has image, subject, x"):
         open_gaze("osie", root, "train", WANTED)
     root = osie([[1001, 0, 1, float("nan"), 1]])
-    with pytest.raises(UserError, match=r"fixations\.npz: holds numbers that are not finite"):
+    with pytest.raises(
+        UserError, match=r"fixations\.npz: the table has values that are not finite"
+    ):
         open_gaze("osie", root, "train", WANTED)
     (root / "fixations.npz").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match=r"fixations\.npz: not a table of fixations"):
         open_gaze("osie", root, "train", WANTED)
     root = osie(names=("1001", "1002", "lake"), rows=[[1001, 0, 1, 1, 1]])
-    with pytest.raises(UserError, match="there is an image 'lake'"):
+    with pytest.raises(UserError, match="the image name 'lake' is not a number"):
         for part in ("train", "val"):
             open_gaze("osie", root, part, WANTED)
     with pytest.raises(UserError, match="osie has no density maps"):

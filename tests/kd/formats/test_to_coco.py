@@ -277,7 +277,7 @@ def test_several_years_of_voc_form_one_split(tmp_path: Path, own: bool) -> None:
     assert PROBLEM.train_annotations(both) == path
     with pytest.raises(UserError, match="has voc2007_test twice"):
         coco_split("voc", root, "VOC2007/test+VOC2007/test")
-    with pytest.raises(UserError, match="VOC2010: no Annotations in it"):
+    with pytest.raises(UserError, match="VOC2010: has no Annotations folder"):
         coco_split("voc", root, "VOC2007/test+VOC2010/trainval")
 
 
@@ -307,8 +307,8 @@ def test_a_section_resolves_to_its_files(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("layout", "split", "message"),
     [
-        ("voc", "VOC2012/train", r"VOC2012: no Annotations in it; expected VOCdevkit"),
-        ("voc", "trainval", r"no Annotations in it; .* VOC2007/trainval"),
+        ("voc", "VOC2012/train", r"VOC2012: has no Annotations folder; set data.root to VOCdevkit"),
+        ("voc", "trainval", r"has no Annotations folder; .* VOC2007/trainval"),
         ("voc", "VOC2007/val", r"val\.txt: no such split; there are test, trainval"),
         ("kitti", "train", r"label_2: no such folder; expected the folder of KITTI's"),
         ("coco", "train", "unknown layout 'coco'"),

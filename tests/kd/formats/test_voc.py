@@ -130,7 +130,7 @@ def test_the_file_is_stored_in_the_cache_if_the_dataset_is_read_only(
         (whole(DOG).replace("<xmax>16</xmax>", ""), r"1\.xml:7: <bndbox> has no <xmax>"),
         (whole(DOG).replace(">16<", ">wide<"), r"1\.xml:7: <xmax> is 'wide', expected a number"),
         (whole(DOG).replace(">16<", ">nan<"), r"1\.xml:7: <xmax> is 'nan', expected a number"),
-        (whole(DOG).replace(">16<", ">0<"), r"1\.xml:7: a box without an area: x 1 to 0, y 3 to"),
+        (whole(DOG).replace(">16<", ">0<"), r"1\.xml:7: this box has no area: x 1 to 0, y 3 to"),
         (whole(DOG).replace("<truncated>1", "<truncated>x"), r"1\.xml:5: <truncated> is 'x'"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_bad_split_is_reported(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             voc_to_coco(root / "VOC2007", "some")
     (folder / "Annotations" / "2.xml").unlink()
-    with pytest.raises(UserError, match=r"train\.txt:2: no annotations .*2\.xml; those of some"):
+    with pytest.raises(UserError, match=r"train\.txt:2: no annotation file .*2\.xml; some test"):
         voc_to_coco(root / "VOC2007", "train")
     with pytest.raises(UserError, match=r"none\.txt: no such split; there are some, train"):
         voc_to_coco(root / "VOC2007", "none")

@@ -91,7 +91,7 @@ def test_workers_read_what_one_process_reads(tmp_path: Path, opened_first: bool)
 def test_an_unknown_id_is_reported(tmp_path: Path) -> None:
     store = fill(tmp_path)
     for stranger in (-1, 41, 10_000):
-        with pytest.raises(UserError, match=rf"no record of 1 objects, first {stranger}; was it"):
+        with pytest.raises(UserError, match=rf"no record of 1 ids, such as {stranger}; was it"):
             store.read([100, stranger])
 
 
