@@ -139,7 +139,7 @@ def test_a_bad_image_is_one_line_with_or_without_workers(
 def test_numbers_that_leave_a_rank_empty_are_refused(dataset: ObjectSamples) -> None:
     with pytest.raises(UserError, match="too few for 4 processes"):
         SampleLoader(dataset, batch_size=2, seed=0, shuffle=True, world=4)
-    with pytest.raises(UserError, match="more than the 11 images"):
+    with pytest.raises(UserError, match="more than the dataset's 11 images"):
         SampleLoader(dataset, batch_size=12, seed=0, shuffle=True, drop_last=True)
     with pytest.raises(UserError, match="leaves 1 of 11 images"):
         SampleLoader(dataset, batch_size=5, seed=0, shuffle=True, world=2)

@@ -46,7 +46,7 @@ def test_files_that_are_not_label_maps_are_rejected(tmp_path: Path) -> None:
     ):
         read_label_map(wide, TABLE, expected=(4, 3))
     with pytest.raises(
-        UserError, match=r"wide.png: pixels have ids .*: 2, 11; the first is at x 2, y 0"
+        UserError, match=r"wide.png: 3 pixels have ids .*: 2, 11; the first is at x 2, y 0"
     ):
         read_label_map(wide, id_table(2))
     deep = written(tmp_path / "deep.png", Image.fromarray(NUMBERS.astype(np.uint16) * 300))
@@ -73,5 +73,5 @@ def test_low_bit_grey_maps_are_rejected(bits: int, tmp_path: Path) -> None:
     path = tmp_path / "few.png"
     parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b""))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    with pytest.raises(UserError, match=rf"few.png: a grey label map of {bits} bits; write it"):
+    with pytest.raises(UserError, match=rf"few.png: a grey label map of {bits} bits; save it"):
         read_label_map(path, id_table(256))
