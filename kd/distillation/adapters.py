@@ -1,4 +1,4 @@
-"""Adapters: modules that map student features to the shape of the teacher's."""
+"""Adapters: modules that map a student's features to the shape of a teacher's features."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ FEW = 0.25
 
 
 def conv1x1(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Module:
-    """1x1 convolution: (N, in, H, W) to (N, out, H, W)."""
+    """Build a 1x1 convolution, which maps (N, in, H, W) to (N, out, H, W)."""
     return nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
 
 class Conv3x3(nn.Module):
     """3x3 convolution with ReLU for feature imitation, computed only where needed.
 
-    Wang et al., 2019, https://arxiv.org/abs/1906.03609. Set `relu` to false where the
-    teacher's features can be negative. `init_std`, the standard deviation of the initial weights,
-    is small so that early gradients into the student are.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609.
+
+    Args:
+        in_channels: Channels of the student's features.
+        out_channels: Channels of the teacher's features.
+        relu: Whether a ReLU follows; choose False if the teacher's features can be negative.
+        init_std: Standard deviation of the initial weights. It is small, so that the first
+            gradients that reach the student are small too.
     """
 
     def __init__(
@@ -38,10 +43,18 @@ class Conv3x3(nn.Module):
         nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, where: Tensor | None = None) -> Tensor:
-        """Map (N, in, H, W) to (N, out, H, W).
+        """Adapt the features.
 
-        `where`, (N, H, W), is True or above 0 at the grid cells that are needed. If they are few,
-        only they are computed, the others are 0; needed outputs and gradients do not change.
+        Args:
+            features: Student features, (N, in, H, W).
+            where: Grid cells whose output is needed: True, or above 0; (N, H, W). None: all.
+
+        Returns:
+            Adapted features, (N, out, H, W). If few cells are needed, the others are 0; values
+            and gradients of the needed cells do not depend on this.
+
+        Raises:
+            UserError: `where` has another shape than the features.
         """
         images, channels, height, width = features.shape
         if where is not None and where.shape != (images, height, width):
@@ -68,14 +81,22 @@ class Conv3x3(nn.Module):
 
 
 def linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Module:
-    """Linear layer on the last dimension: (M, in) to (M, out)."""
+    """Build a linear layer, which maps (M, in) to (M, out)."""
     return nn.Linear(in_channels, out_channels, bias=bias)
 
 
 class Resize(nn.Module):
-    """Bilinear resampling to a fixed grid, and a 1x1 convolution where channels differ.
+    """Resample features to a fixed grid, with a 1x1 convolution if the channels differ.
 
     The convolution runs on the smaller of the two grids.
+
+    Args:
+        in_channels: Channels of the student's features.
+        out_channels: Channels of the teacher's features.
+        size: Height and width of the teacher's features.
+
+    Raises:
+        UserError: `size` is not two positive numbers.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, size: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Intermediate outputs of a model by module path."""
+"""Collect a model's intermediate outputs, selected by module path."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ _LEVELS = (
 class FeatureTaps:
     """Collect the outputs of named layers while a model runs.
 
-    A layer is a path of `model.named_modules()`; for an output that is a dict, such as a feature
-    pyramid's, `path.key` takes one entry. A layer that runs several times in a forward pass gives
-    its last output. A copy of the model alone is not tapped; a deep copy of an object that holds
-    both model and taps is.
+    A layer is a path of `model.named_modules()`. If a module returns a dict, as a feature pyramid
+    does, `path.key` selects one entry. Of a layer that runs several times in a forward pass, the
+    last output is collected.
+
+    A copy of the model alone is not tapped. A deep copy of an object that holds both the model and
+    its taps has new taps on the copied model.
 
     Args:
-        model: The model itself, not a wrapper such as DDP: wrappers change the paths.
+        model: The model itself, not a wrapper such as DDP, because wrappers change the paths.
         layers: Layers to collect.
-        called: Name of the model in messages, such as "student".
+        called: Prefix of error messages, such as "student".
 
     Raises:
-        UserError: A path that the model does not have; the message lists the nearest.
+        UserError: The model lacks one of the layers; the message lists the most similar paths.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], *, called: str = "") -> None:
@@ -48,9 +50,13 @@ class FeatureTaps:
         ]
 
     def collect(self) -> dict[str, Tensor]:
-        """Return the last forward pass's outputs by layer, with their gradients, and drop them.
+        """Return the outputs of the last forward pass by layer, and forget them.
 
-        A layer that did not run, or has no such output, is a UserError.
+        They are not detached, so that losses on them can be differentiated.
+
+        Raises:
+            UserError: A layer did not run, did not return a tensor, or returned a dict without the
+                selected entry.
         """
         outputs = dict(self._outputs)
         self.clear()
@@ -70,15 +76,15 @@ class FeatureTaps:
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureTaps:
-        """Tap the copied model; hooks do not survive a copy, see `_Hook`."""
+        """Copy the model and tap the copy, because copied hooks do nothing (see `_Hook`)."""
         return FeatureTaps(copy.deepcopy(self.model, memo), self.layers, called=self.called)
 
 
 class _Hook:
-    """A forward hook that does nothing once copied.
+    """A forward hook that stores a module's output; a copy of the hook does nothing.
 
-    `copy.deepcopy` copies a module's hooks too, and the copy, an averaged student for instance,
-    would overwrite the original's features.
+    `copy.deepcopy` of a model copies its hooks too. Without this, the copied model, such as the
+    moving average of a student, would overwrite the outputs of the original.
     """
 
     def __init__(self, path: str, outputs: dict[str, object] | None) -> None:
@@ -93,7 +99,7 @@ class _Hook:
 
 
 def _source(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> tuple[str, str | None]:
-    """Split a recipe's layer into a module's path and, for a dict output, a key."""
+    """Split the name of a layer into a module path and, for an entry of a dict output, a key."""
     if layer and layer in modules:
         return layer, None
     path = layer.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Registry of distillation terms and adapters; does not import torch."""
+"""Registries of distillation terms and adapters. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ TORCHDISTILL = "torchdistill."
 
 @dataclass(frozen=True)
 class TermKind:
-    """A kind of distillation term; everything the engine needs to know of a loss is declared here.
+    """A kind of distillation term: a loss, and everything that the engine has to know about it.
 
-    A loss is called with the student's and the teacher's tensor, then what else is declared: a
-    mask, labels or images. It returns a scalar mean.
+    The loss is called with the student's tensor and the teacher's tensor. A mask, labels or images
+    follow as a third argument if they are declared here. The loss returns a scalar mean.
 
     Args:
         loss: `package.module:attribute`, or the function itself.
         help: One line for `--list`.
-        unit: Unit of the mean; micro-batches and processes are weighted by it. `place`: grid
-            cells of feature maps, those of `mask` or, where the task has void, the valid ones.
-            `image`: images, or teacher inputs with an object hidden. `box`, `object`: rows of
-            outputs, one for each box or hidden object.
+        unit: What the loss is a mean over. The means of micro-batches and processes are weighted
+            by their number of units. `place`: grid cells of feature maps, restricted to those of
+            `mask` or, if the task has void pixels, to valid ones. `image`: images, or, if objects
+            are hidden, inputs of the teacher. `box` and `object`: rows of outputs, one for each
+            box or hidden object.
         student: Default output of the student; None: the recipe must name an output or layer.
-        teacher: Default output of the teacher; None likewise.
+        teacher: Default output of the teacher; None: the recipe must name an output or layer.
         mask: Name of the task's mask that the loss takes as its third argument.
         mask_option: Name of an option of the term, a number in 0..1, that is passed to the mask.
         valid: Whether the loss takes `valid`, a mask of the grid cells that are not void.
         place_weights: Name of the task's mask that is passed to the loss as `weights`.
-        labels: Whether the loss takes the rows' labels, and counts only the labelled ones.
-        images: Whether the loss takes the rows' images.
-        trained: For a loss with weights, how they are trained: `student`, by the student's
+        labels: Whether the loss takes the labels of the rows; unlabelled rows do not count.
+        images: Whether the loss takes the images of the rows.
+        trained: How the weights of a loss that has some are trained: `student`, by the student's
             optimiser, or `critic`, in a step of their own. `loss` is then called with the teacher's
-            number of channels and returns a module.
+            number of channels and returns a module. None: the loss has no weights.
         softmax: Whether the loss applies a softmax, so that it also accepts log-probabilities.
-        by_class: Whether outputs are compared class by class, so that classes must be the same.
-        own_class: Whether only the outputs of each box's own class are compared.
+        by_class: Whether outputs are compared class by class, so that student and teacher must
+            have the same classes.
+        own_class: Whether only the outputs for each box's labelled class are compared.
+
+    Raises:
+        UserError: The unit is unknown, or a mask is declared for a unit other than `place`.
     """
 
     loss: str | Callable[..., Any]
@@ -72,11 +77,19 @@ class TermKind:
 
     @property
     def maps(self) -> bool:
-        """Whether the loss compares maps of whole images, not rows of objects or boxes."""
+        """Whether the loss compares maps of whole images rather than rows of objects or boxes."""
         return self.unit in ("place", "image")
 
     def bind(self, options: Mapping[str, object], *, what: str) -> Callable[..., Any]:
-        """Import the loss and bind its options, which are checked; `what` begins messages."""
+        """Import the loss, check its options and bind them.
+
+        Args:
+            options: The user's options, keyword-only parameters of the loss.
+            what: Prefix of error messages.
+
+        Raises:
+            UserError: The loss cannot be imported, or an option is unknown or of a wrong type.
+        """
         loss = load_target(self.loss) if isinstance(self.loss, str) else self.loss
         check_options(loss, options, what=what)
         return functools.partial(loss, **options)
@@ -165,11 +178,15 @@ TERMS: dict[str, TermKind] = {
 def term_kind(section: TermSection) -> TermKind:
     """Return the kind of term that a recipe's section names.
 
-    `name` is one of `TERMS`; `torchdistill.NAME`, a mid-level loss of torchdistill's; or
-    `package.module:attribute`, a `TermKind` or a plain function `(student, teacher, *, options)`
-    whose `unit` the section gives. torchdistill's losses compare a posterior object by object and
-    anything else image by image, unless the section has a unit. An unknown name, or a unit that is
-    missing or given twice, is a UserError.
+    The section's `name` is a key of `TERMS`, `torchdistill.NAME` for one of torchdistill's
+    mid-level losses, or `package.module:attribute` for the user's own. The user's attribute is a
+    `TermKind`, or a plain function `(student, teacher, *, options)`; for a function, the section
+    must give the `unit`. The unit of torchdistill's losses is `object` for posteriors and `image`
+    otherwise, unless the section gives another.
+
+    Raises:
+        UserError: The name is unknown, or the unit is missing, or it is given for a kind that
+            declares its unit.
     """
     name, unit = section.name, section.unit
     if name.startswith(TORCHDISTILL):

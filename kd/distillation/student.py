@@ -1,4 +1,4 @@
-"""A student with its adapters: the module that DDP wraps."""
+"""`AdaptedStudent`, the module that DDP wraps: a student with its adapters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kd.registry import check_options, resolve
 
 
 class AdaptedStudent(nn.Module):
-    """Run a student and adapt its tapped layers to the teacher's shape.
+    """Run a student and adapt its tapped layers to the shapes of the teacher's layers.
 
-    DDP synchronises only the parameters of the module that it wraps. So this module holds the
-    adapters and the losses with weights, too. Checkpoints have both, the exported student neither.
-    Teachers are trained in this wrapper as well, without taps.
+    DDP synchronises only the parameters of the module that it wraps. Therefore this module also
+    holds the adapters, and the losses that have weights. Checkpoints contain both; the exported
+    student contains neither. Teachers are trained in this wrapper as well, without taps.
 
     Args:
         student: The model; its `forward` returns a tensor (then called `logits`) or a dict.
         layers: Layers to tap, as paths of `student.named_modules()`.
-        adapters: Adapters by layer; a layer without one passes unchanged.
-        losses: Losses with weights, trained with the student, by term.
+        adapters: Adapters by layer; features of a layer without an adapter are not changed.
+        losses: Losses whose weights are trained with the student, by name of the term.
     """
 
     def __init__(
@@ -49,9 +49,15 @@ class AdaptedStudent(nn.Module):
     def forward(
         self, *inputs: Tensor, where: Mapping[str, Mask] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return outputs and adapted features by name.
+        """Run the student on `inputs`.
 
-        `where` has, by layer, a mask of the grid cells that will be read; adapters may skip others.
+        Args:
+            *inputs: Inputs of the student.
+            where: By layer, a mask of the grid cells that the losses will read. An adapter may
+                skip the other cells.
+
+        Returns:
+            The student's outputs by name, and the adapted features by layer.
         """
         outputs = named(self.student(*inputs))
         features = self._taps.collect() if self._taps else {}
@@ -95,9 +101,20 @@ def adapt_student(
 ) -> tuple[AdaptedStudent, list[Term]]:
     """Wrap a student with the taps, adapters and losses that its terms need.
 
-    One batch, on the device of student and teachers, is run to find the shapes. Adapters of layers
-    that no term reads are left out. Returns the wrapped student and the terms, with their weights
-    initialised. An unknown adapter, or one to a layer that no term reads, is a UserError.
+    Args:
+        student: The student.
+        terms: Distillation terms.
+        adapters: The recipe's adapters by student layer; those that no term needs are ignored.
+        source: Source of the teachers' outputs; None: the student is wrapped without taps.
+        task: The student's task.
+        batch: A batch on the student's device. Student and teachers are run on it once, to find
+            the shapes of their outputs.
+
+    Returns:
+        The wrapped student, and the terms, of which those with weights are now initialised.
+
+    Raises:
+        UserError: An adapter is unknown, or its teacher layer is not read by any term.
     """
     layers = tapped_layers(terms, task)
     if source is None or not (layers or any(term.kind.trained for term in terms)):

@@ -1,7 +1,7 @@
-"""Soft targets: outputs of teachers that run in each step, or that were cached before.
+"""Soft targets: outputs of teachers that run in each step, or that were cached before training.
 
-All are callables from a batch to named tensors; `posterior` holds log-probabilities (K, C), a row
-for each object. The engine cannot tell them apart.
+Each source is a callable from a batch to named tensors, so that the engine treats live and cached
+teachers alike. The tensor `posterior` has the class log-probabilities of each object, (K, C).
 """
 
 from __future__ import annotations
@@ -21,34 +21,42 @@ from kd.storage.fields import PREFIX, CachedField
 
 
 class SoftTargetSource(Protocol):
-    """A callable from a batch to the teacher's named outputs."""
+    """A callable that returns a teacher's outputs for a batch, by name."""
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Return the targets of a batch; `rows` describes the student's rows."""
+        """Return the teacher's outputs; `rows` describes the rows of the student's outputs."""
         ...
 
 
 @runtime_checkable
 class PartialSource(Protocol):
-    """A source that may lack targets of some rows."""
+    """A source that may lack the posteriors of some rows."""
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Rows with a posterior, bool (R,), by unit: `known`, or `NAME.known` of a teacher."""
+        """Return whether each row has a posterior, bool (R,).
+
+        The key is the unit that counts these rows: `known`, or `NAME.known` for a further teacher.
+        """
         ...
 
 
 def known_counts(source: object, rows: Rows) -> dict[str, Tensor]:
-    """Count the rows with a posterior, by unit; empty where every row has one."""
+    """Return the number of rows that have a posterior, by unit; empty if every row has one."""
     if not isinstance(source, PartialSource) or not rows.partial:
         return {}
     return {unit: known.sum().float() for unit, known in source.known(rows).items()}
 
 
 class LiveTeacher:
-    """Run a teacher in each step, on the batch that the student sees.
+    """Run a teacher in each step, on the student's batch.
 
-    The model is frozen and put in evaluation mode. `task` is the teacher's; `posterior` is whether
-    posteriors of hidden objects are decoded; `called` names the teacher in messages.
+    Args:
+        model: The teacher; it is frozen and put in evaluation mode.
+        task: The teacher's task, which prepares the inputs and decodes the posterior.
+        layers: Layers to collect.
+        autocast: Whether the teacher runs in bfloat16 autocast.
+        posterior: Whether posteriors of hidden objects are decoded.
+        called: Name of the teacher in error messages.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class LiveTeacher:
             self._taps.remove()
 
     def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
-        """Return outputs by name, `posterior` (R, C) and features of layers (R, ...)."""
+        """Return the teacher's outputs and features (R, ...) and its `posterior` (R, C) by name."""
         device = batch["images"].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._autocast):
             outputs = named(self.model(*self.task.inputs(batch)))
@@ -87,11 +95,17 @@ class LiveTeacher:
 
 
 class Teachers:
-    """Several teachers: outputs of the first by their names, of the others as `NAME.output`.
+    """Combine the outputs of several teachers.
 
-    `mean.posterior` and `mean.logits` are weighted means of logits, where all teachers give them in
-    one shape; the posterior is normalised again. `first` is None where no term reads the recipe's
-    own `teacher`. The `weights`, in the order of the teachers, need not sum to 1.
+    Outputs of the recipe's `teacher` have their plain names, outputs of a further teacher are
+    called `NAME.output`. If all teachers give posteriors or logits of the same shape, their
+    weighted means are added as `mean.posterior` and `mean.logits`. The mean posterior is the mean
+    of log-probabilities, normalised again.
+
+    Args:
+        first: The recipe's own `teacher`; None if no term reads it.
+        more: The further teachers by name.
+        weights: Weights in the means, in the order of the teachers; they need not sum to 1.
     """
 
     def __init__(
@@ -119,7 +133,10 @@ class Teachers:
         return found
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Rows with a posterior, by teacher; a mean has only the rows that all teachers have."""
+        """Return whether each row has a posterior, bool (R,), by unit.
+
+        The mean of all teachers has a posterior where every teacher has one.
+        """
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, PartialSource):
@@ -136,10 +153,17 @@ def _full_name(teacher: str, output: str) -> str:
 
 
 class CachedPosteriors:
-    """Posteriors by annotation id, computed once.
+    """Cached posteriors, looked up by annotation id.
 
-    They belong to the object, not to pixels, so geometric augmentation does not change them.
-    `object_ids` are int64 (K,); `log_probs` (K, C) stay in their dtype; `source` is for messages.
+    A posterior belongs to an object, not to pixels, so geometric augmentation does not change it.
+
+    Args:
+        object_ids: Annotation ids, int64 (K,).
+        log_probs: Log-probabilities of these objects, (K, C), stored in their dtype.
+        source: Where the posteriors come from, the prefix of error messages.
+
+    Raises:
+        UserError: There are no objects.
     """
 
     def __init__(
@@ -153,10 +177,13 @@ class CachedPosteriors:
         self.source = source
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Return `posterior`, (R, C); a hidden object without one is a UserError.
+        """Return `posterior`, (R, C).
 
-        Students that see all objects at once may have objects without a posterior, such as
-        those too small for the teacher: their rows are NaN.
+        If the student sees all objects at once, some may have no posterior, for example because
+        they are too small for the teacher. The rows of these objects are NaN.
+
+        Raises:
+            UserError: A hidden object has no posterior (checked on a CPU only).
         """
         wanted, places = self._places(rows)
         log_probs = self.log_probs[places].float()
@@ -172,7 +199,10 @@ class CachedPosteriors:
         return {KNOWN: self.object_ids[places] == wanted}
 
     def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the ids of the rows and, for each, its position in the sorted cache."""
+        """Return the annotation ids of the rows, and the index of each in the sorted cache.
+
+        For an id that the cache lacks, the index is that of another object.
+        """
         if rows.ids is None:
             raise UserError(
                 f"{self.source}: holds posteriors of objects, but batches of this task have none"
@@ -205,7 +235,10 @@ class CachedPosteriors:
             )
 
     def shuffled(self, seed: int) -> CachedPosteriors:
-        """The control: assign each posterior to another object, at random."""
+        """Return a copy in which each posterior is assigned to another object at random.
+
+        A student that learns from it is the control of one that learns from true posteriors.
+        """
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.object_ids), generator=generator)
         # A cycle through a random order leaves no object with its own.
@@ -216,10 +249,11 @@ class CachedPosteriors:
         )
 
     def balanced(self, fraction: float) -> CachedPosteriors:
-        """Remove part of the mean posterior: `q / mean(q)^fraction`, normalised.
+        """Return a copy divided by a power of the mean posterior: `q / mean(q)^fraction`.
 
-        Rare classes then weigh more in what a student learns (Menon et al., 2021,
-        https://arxiv.org/abs/2007.07314, post hoc). 0 changes nothing.
+        The result is normalised again. Rare classes are then more probable, so that a student
+        learns more about them. This is post-hoc logit adjustment, Menon et al., 2021,
+        https://arxiv.org/abs/2007.07314. With a `fraction` of 0 nothing changes.
         """
         log_probs = self.log_probs.float()
         mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
@@ -234,9 +268,12 @@ class CachedPosteriors:
 
 
 class CachedTeacher:
-    """Cached outputs: posteriors from memory, maps that come with the batch.
+    """A source of cached outputs: posteriors in memory, and maps that come with the batch.
 
-    `layers` are the names of the maps, `prefix` that of their keys in the batch.
+    Args:
+        posteriors: The cached posteriors; None if no term reads them.
+        layers: Names of the cached maps.
+        prefix: Prefix of the maps' keys in the batch.
     """
 
     def __init__(
@@ -249,7 +286,7 @@ class CachedTeacher:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Return `posterior` (R, C) and the maps, with a row for each teacher input."""
+        """Return `posterior` (R, C), and the maps, (R, ...) with a row for each teacher input."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
         return maps if self.posteriors is None else {**self.posteriors(batch, rows), **maps}
 

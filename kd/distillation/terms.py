@@ -1,4 +1,4 @@
-"""Distillation terms: built from a recipe's sections, computed unweighted, summed with weights."""
+"""Distillation terms: build them from a recipe, compute them, and sum them with their weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ Masks = Mapping[str, Mask]
 
 @dataclass(frozen=True)
 class Term:
-    """A distillation term, ready to compute.
+    """A distillation term of a recipe, ready to compute.
 
-    `function` is the loss with its options, a module if it has weights. `student` and `teacher` are
-    outputs or layers, `NAME.output` for a further teacher. `mask_value` is passed to the mask.
+    Attributes:
+        section: The term's section of the recipe.
+        kind: The loss and what it needs.
+        function: The loss with its options; an `nn.Module` if it has weights.
+        student: Output or layer of the student that the loss compares.
+        teacher: Output or layer of the teacher, or `NAME.output` of a further teacher.
+        mask_value: Number that the term passes to the task's mask; None if there is none.
     """
 
     section: TermSection
@@ -38,12 +43,12 @@ class Term:
 
     @property
     def name(self) -> str:
-        """TensorBoard tag of the term's loss without `loss/`; unique in a recipe."""
+        """Label of the term, unique in a recipe; the TensorBoard tag of its loss is `loss/NAME`."""
         return self.section.label
 
     @property
     def mask(self) -> str | None:
-        """Name of the task's mask that the loss reads."""
+        """Key of the mask that the loss takes, among the task's masks; None if it takes none."""
         if self.mask_value is None:
             return self.kind.mask
         return f"{self.kind.mask}_{self.mask_value:g}"
@@ -55,20 +60,25 @@ class Term:
 
     @property
     def count(self) -> str | None:
-        """What the task counts for a mean over places: a mask, `valid` or `frame`; else None."""
+        """Mask whose grid cells the task counts for this term; None if its unit is not `place`.
+
+        The count is that of the term's own mask, of `valid` cells, or of all cells (`frame`).
+        """
         if self.kind.unit != "place":
             return None
         return self.mask or ("valid" if self.kind.valid else "frame")
 
     def weight_at(self, progress: float, step: int = 0) -> float:
-        """The weight at a fraction 0..1 of training, after `step` steps."""
+        """Return the term's weight after `step` steps; `progress` is the fraction done, 0..1."""
         return self.section.weight * self.section.schedule.factor(progress, step)
 
 
 def build_term(section: TermSection) -> Term:
-    """Build a term from a recipe's section; `options` are the loss's keyword-only parameters.
+    """Build a term from its section of a recipe.
 
-    An unknown name or option, or a missing layer, is a UserError.
+    Raises:
+        UserError: The name or an option is unknown, or the section names no layer and the kind of
+            term has no default.
     """
     what = f"losses: {section.name}"
     kind = term_kind(section)
@@ -89,19 +99,22 @@ def _fraction(value: object, what: str) -> float:
 
 
 def tapped_layers(terms: Sequence[Term], task: Task) -> list[str]:
-    """The student's layers that terms read, without the task's outputs."""
+    """Return the student's layers that the terms read and that are not outputs of the task."""
     return [term.student for term in terms if term.kind.maps and term.student not in task.outputs]
 
 
 def layers_among(outputs: Sequence[str], task: Task) -> list[str]:
-    """The layers among a teacher's outputs, which have to be tapped."""
+    """Return those of a teacher's `outputs` that are layers, which have to be tapped."""
     return [output for output in outputs if output != POSTERIOR and output not in task.outputs]
 
 
 def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict[str, list[str]]:
-    """Outputs of each teacher that some term reads; the recipe's own `teacher` is "".
+    """Return, for each teacher, the outputs and layers that terms read.
 
-    A mean of teachers over anything but posteriors and logits is a UserError.
+    The keys are the names of the further teachers, and "" for the recipe's own `teacher`.
+
+    Raises:
+        UserError: A term reads a mean over teachers of an output other than posteriors or logits.
     """
     outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
     for term in terms:
@@ -126,15 +139,19 @@ def distillation_losses(
 
     Args:
         terms: The terms to compute.
-        student: Outputs with the rows of `task.rows`, and adapted features (N, C, h, w).
-        teacher: Outputs and features of the teacher. Where objects are hidden, its features have
-            a row for each object too.
-        task: Defines the rows and the units of means.
-        batch: Input of both.
+        student: The student's outputs, with the rows of `task.rows`, and its adapted features
+            (N, C, h, w), by name.
+        teacher: The teachers' outputs and features by name. If objects are hidden, the features
+            have a row for each object, not for each image.
+        task: Defines the rows of the outputs and the units of the means.
+        batch: The batch that student and teachers were run on.
         masks: The task's masks of the batch.
 
+    Returns:
+        Each term's loss by name, with the unit of its mean.
+
     Raises:
-        UserError: Student or teacher lacks an output.
+        UserError: Student or teacher lacks an output, or a loss cannot compare the two tensors.
     """
     rows, losses = task.rows(batch), {}
     for term in terms:
@@ -152,7 +169,11 @@ def distillation_losses(
 
 
 def layer_masks(terms: Sequence[Term], masks: Masks) -> dict[str, Mask]:
-    """Masks of the grid cells that terms read, for layers that are only read under masks."""
+    """Return the mask of needed grid cells for each student layer whose terms all have masks.
+
+    A cell is needed if the mask of any of these terms is above 0 there. Layers with a term
+    without a mask are left out, because all of their cells are needed.
+    """
     readers: dict[str, set[str | None]] = {}
     for term in terms:
         readers.setdefault(term.student, set()).add(term.mask)
@@ -210,7 +231,11 @@ def _loss_of(
 
 
 def _call(term: Term, ours: Tensor, theirs: Tensor, *more: Tensor, **given: Tensor) -> Tensor:
-    """Call a term's loss; tensors of unequal shape that it cannot compare are a UserError."""
+    """Call a term's loss, and check that it returns a scalar.
+
+    Raises:
+        UserError: The loss cannot compare the tensors, or does not return a scalar tensor.
+    """
     sides = f"student {tuple(ours.shape)}, teacher {tuple(theirs.shape)}"
     try:
         value = term.function(ours, theirs, *more, **given)
@@ -248,9 +273,10 @@ def _mask(masks: Masks, name: str, term: Term, task: Task) -> Mask:
 
 
 def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
-    """Initialise the losses that have weights, with torch's global generator.
+    """Return the terms, with the weights of losses that have some initialised at random.
 
-    `teacher` has outputs of the compared shapes; their dimension 1 is the number of channels.
+    torch's global random number generator is used. `teacher` has the teachers' outputs of one
+    batch by name; dimension 1 of an output is the number of channels that the loss is built for.
     """
 
     def built(term: Term) -> Term:
@@ -263,7 +289,7 @@ def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
 def modules_of(
     terms: Sequence[Term], *, trained: Literal["student", "critic"]
 ) -> dict[str, nn.Module]:
-    """Losses with weights, by term: those trained with the student, or critics."""
+    """Return the losses whose weights are trained with the student or as critics, by term."""
     return {
         term.name: term.function
         for term in terms
@@ -280,7 +306,7 @@ def _take(outputs: Output, name: str, term: str, who: str) -> Tensor:
 
 
 def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) -> None:
-    """Refuse a loss without a weight, or a weight without a loss."""
+    """Raise a UserError if there is a loss without a weight, or a weight without a loss."""
     if losses.keys() != weights.keys():
         alone = sorted(losses.keys() ^ weights.keys())
         raise UserError(
@@ -292,7 +318,7 @@ def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) ->
 def weighted_sum(
     losses: Mapping[str, Mean], weights: Mapping[str, float], scale: Mapping[str, Tensor | float]
 ) -> Tensor:
-    """Sum the losses, each times its weight and the factor of its unit."""
+    """Sum the losses, each multiplied by its weight and by the factor in `scale` of its unit."""
     check_weights(losses, weights)
     parts = [loss.value * (scale[loss.unit] * weights[name]) for name, loss in losses.items()]
     return torch.stack(parts).sum()

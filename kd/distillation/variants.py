@@ -1,4 +1,4 @@
-"""The variants of an experiment: one student with and without each part of the method."""
+"""The variants of an experiment: one student, trained with and without each part of the method."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kd.distillation.registry import term_kind
 
 @dataclass(frozen=True)
 class Variant:
-    """A student that a recipe compares.
+    """One way to train the student; a recipe compares several.
 
     Args:
-        name: Name of its folder, curves and column.
-        terms: Distillation terms that it learns from, beside the labels.
-        watched: Terms whose curves are logged without training on them, where that costs nothing.
-        context_head: Whether the student has its context head, if there is one.
-        shuffled: Whether each cached posterior is assigned to another object: the control.
+        name: Name of the variant: of its run folder, its curves and its column in tables.
+        terms: Distillation terms that the student learns from, in addition to the labels.
+        watched: Terms that are logged without training on them, if the targets are cached anyway.
+        context_head: Whether a student that can have a context head has one.
+        shuffled: Whether each cached posterior is assigned to another object, as a control.
     """
 
     name: str
@@ -28,18 +28,21 @@ class Variant:
 
     @property
     def outputs(self) -> set[str]:
-        """Outputs and layers of the student that its terms read."""
+        """Outputs and layers of the student that the variant's terms read."""
         read = (section.student or term_kind(section).student for section in self.terms)
         return {name for name in read if name is not None}
 
 
 def variants_of(recipe: DistillRecipe) -> dict[str, Variant]:
-    """Return all variants of a recipe by name.
+    """Return all variants that a recipe may name, by name.
 
-    `plain` learns from labels only, `distilled` from the recipe's terms as well; `no_context` is
-    `plain` without the context head; `shuffled` is `distilled` with posteriors of other objects;
-    `output_kd`, without the context head, learns the posterior with its own output. Ablations add
-    more.
+    - `plain` learns from labels only.
+    - `distilled` learns from labels and from the recipe's terms.
+    - `no_context` is `plain` without the context head.
+    - `shuffled` is `distilled` with each posterior assigned to another object.
+    - `output_kd` has no context head; its output is trained towards the teacher's posterior.
+
+    The recipe's ablations add more variants.
     """
     own = TermSection(name="output_kd", weight=1.0, options={"temperature": 1.0})
     variants = [

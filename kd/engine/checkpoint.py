@@ -1,4 +1,8 @@
-"""Checkpoints: written atomically, resumed exactly, read without running code from them."""
+"""Write and read checkpoints.
+
+Files are written atomically, a resumed run continues exactly where it stopped, and no code that a
+file may contain is run.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,10 @@ class Progress:
 
 
 def _torch_save(content: Any, partial: Path) -> None:
-    """`torch.save`, but a full disk raises OSError, not an error about positions in a zip file."""
+    """Call `torch.save`, but raise OSError if the disk is full.
+
+    `torch.save` itself then raises a RuntimeError about positions in a zip file.
+    """
     with open(partial, "wb") as file:
         try:
             torch.save(content, file)
@@ -63,7 +70,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore the generators from `rng_state()`."""
+    """Set every global random number generator of this process to a result of `rng_state`."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), next_gauss))
     name, key, place = state["numpy"]
@@ -77,10 +84,17 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def save_checkpoint(
     path: Path, progress: Progress, config: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> None:
-    """Write everything that resuming needs.
+    """Write a checkpoint with everything that resuming needs.
 
-    `parts` holds state dicts and generator states by name. Non-finite weights of the model or a
-    critic are a UserError: the previous checkpoint is worth more. So is a full disk.
+    Args:
+        path: File to write; it replaces the previous checkpoint.
+        progress: Position in training.
+        config: The resolved recipe.
+        parts: State dicts and states of random number generators, by name.
+
+    Raises:
+        UserError: The disk is full, or weights of the model or of a critic are not finite. The
+            previous checkpoint is then unchanged.
     """
     weights = dict(parts.get("model", {}))
     for name, critic in parts.get("critics", {}).items():
@@ -102,7 +116,10 @@ def save_checkpoint(
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Name the first non-finite tensor; the device is synchronised once."""
+    """Return the name of the first tensor with NaN or infinity, or None.
+
+    The device is synchronised only once, for all tensors together.
+    """
     names = [name for name, tensor in state.items() if tensor.is_floating_point()]
     if not names:
         return None
@@ -111,9 +128,14 @@ def _not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
-    """Read progress, config and parts from a checkpoint; no code in it is run.
+    """Read a checkpoint without running any code that it may contain.
 
-    A missing, broken or foreign file is a UserError.
+    Returns:
+        The position in training, the resolved recipe, and the state dicts by name, as they were
+        given to `save_checkpoint`.
+
+    Raises:
+        UserError: The file is missing, corrupt or not a checkpoint of this version.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,13 +161,17 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
 
 
 def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> None:
-    """Write a model's weights as safetensors."""
+    """Write a model's weights and a metadata dict to a safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     write_atomic(path, lambda partial: save_file(tensors, partial, metadata=dict(metadata)))
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Load weights written by `save_model`; the UserError names what does not fit."""
+    """Load weights that `save_model` wrote.
+
+    Raises:
+        UserError: The file is missing or corrupt, or its weights do not fit the model.
+    """
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -158,7 +184,11 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict; a UserError names missing, unexpected and misshapen weights."""
+    """Load a state dict that was read from `path`.
+
+    Raises:
+        UserError: Weights are missing, unexpected or of another shape; the message names them.
+    """
     own = model.state_dict()
     odd = [f"missing {name}" for name in own if name not in state]
     odd += [f"unexpected {name}" for name in state if name not in own]
@@ -174,7 +204,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 
 
 def config_differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """List dotted places where two resolved configs differ, with both values."""
+    """List the differences between two resolved configs.
+
+    Each line has the dotted key, the value in the older config (`there`) and the value `now`.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: list[str] = []
         for key in [*old, *(key for key in new if key not in old)]:

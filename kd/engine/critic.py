@@ -1,8 +1,8 @@
-"""Train a critic: its own optimiser and schedule, its own step after the student's.
+"""Train the critic of a holistic term, in an optimiser step that follows the student's step.
 
-DDP does not support the second derivatives of the gradient penalty, so the critic is outside the
-module that DDP wraps and its gradients are summed over ranks here. All ranks hold the same critic
-and take the same steps.
+DDP does not support the second derivatives of the critic's gradient penalty. Therefore the critic
+is not part of the module that DDP wraps, and its gradients are averaged over ranks here. All ranks
+have the same critic weights and take the same steps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from kd.problems.base import Mean
 
 @dataclass
 class CriticTraining:
-    """A holistic term's critic, on the device, with its optimiser and schedule.
+    """The critic of a holistic term, with its optimiser and learning rate schedule.
 
-    `name` is the term's name; `clip_norm` the largest norm of the gradient, 0 for no clipping.
+    Attributes:
+        name: Name of the holistic term.
+        adversary: The critic and its losses, on the training device.
+        optimizer: Optimiser of the critic's weights.
+        schedule: Learning rate schedule of that optimiser.
+        clip_norm: Largest norm of the critic's gradient; 0 turns clipping off.
     """
 
     name: str
@@ -38,10 +43,15 @@ class CriticTraining:
     def step(
         self, judged: Sequence[tuple[Mean, Tensor | float]], accelerator: Accelerator
     ) -> Tensor:
-        """Train on the score maps of the student's last step.
+        """Train the critic for one step, on the score maps of the student's last step.
 
-        `judged` has the term's value with its maps, and the scale of its unit, for each
-        micro-batch. Returns the losses, one for each micro-batch, detached.
+        Args:
+            judged: For each micro-batch, the holistic term's `Mean`, whose `judged` holds the
+                detached score maps and images, and the factor of the micro-batch's loss.
+            accelerator: Devices and processes.
+
+        Returns:
+            The critic's detached losses, one for each micro-batch, (M,).
         """
         values = []
         for mean, scale in judged:
@@ -58,7 +68,11 @@ class CriticTraining:
         return torch.stack(values)
 
     def _add_up(self, world: int) -> None:
-        """Average gradients over ranks; the losses' scales contain the number of ranks."""
+        """Average gradients over `world` ranks.
+
+        The result is the gradient of the whole batch, because each loss was multiplied by the
+        number of ranks before, as for DDP.
+        """
         gradients = [p.grad for p in self.adversary.parameters() if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(together)
@@ -68,7 +82,7 @@ class CriticTraining:
             gradient.copy_(part.view_as(gradient))
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores."""
+        """Return the state dicts of critic, optimiser and schedule, for a checkpoint."""
         return {
             "model": self.adversary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -76,7 +90,11 @@ class CriticTraining:
         }
 
     def load(self, state: Mapping[str, Any], path: Path) -> None:
-        """Restore from `state()`; a critic of another shape is a UserError."""
+        """Restore a result of `state()` that was read from the checkpoint `path`.
+
+        Raises:
+            UserError: The stored critic has other weights or shapes.
+        """
         load_state(self.adversary, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -1,7 +1,8 @@
-"""The only training loop, for teachers and students: `fit`, `train_step`, `evaluate`.
+"""The training loop of teachers and students: `fit`, `train_step` and `evaluate`.
 
-Gradients are those of the whole batch: with several processes or micro-batches, each loss is scaled
-by its fraction of the whole batch's labelled objects, hidden objects, and so on.
+Several processes or micro-batches give the same gradient as one large batch. For this, the mean of
+each loss is weighted by the fraction of the whole batch's objects (or images, boxes, cells) that
+the process or micro-batch has.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ def forward_losses(
 ) -> dict[str, Mean]:
     """Compute the supervised losses and distillation terms of one batch, unweighted.
 
-    `model` is an `AdaptedStudent`, wrapped or not; `masks` are those of the task, if already built.
+    Args:
+        model: An `AdaptedStudent`, which DDP may wrap.
+        batch: The batch, on the device.
+        objective: The task, the distillation terms and the source of soft targets.
+        masks: The task's masks of this batch; None: they are built here.
+
+    Returns:
+        Each loss by name, with the unit of its mean.
     """
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
@@ -57,7 +65,11 @@ def _counts(batch: Batch, objective: Objective, masks: Mapping[str, Mask]) -> di
 def _scales(
     counts: Sequence[Mapping[str, Tensor]], accelerator: Accelerator
 ) -> list[dict[str, Tensor | float]]:
-    """Factor of each unit in each micro-batch: its fraction of the whole batch."""
+    """Return, for each micro-batch, the factor of a loss by the unit of its mean.
+
+    The factor is the fraction of the whole batch's units that the micro-batch has, times the
+    number of processes. `counts` has the number of units of each micro-batch.
+    """
     world = accelerator.num_processes
     if world == 1 and len(counts) == 1:
         return [dict.fromkeys(counts[0], 1.0)]
@@ -78,8 +90,15 @@ def train_step(
 ) -> tuple[Sums, Sums]:
     """Take one optimiser step over one or more micro-batches.
 
-    Returns two dicts, detached and of this process alone: the sum of each loss times its count, and
-    the counts. Both have `total`.
+    Args:
+        training: Model, optimiser, schedule and critics.
+        batches: The micro-batches of this process, on the device.
+        objective: The losses to minimise.
+        weights: Weight of each loss by name.
+
+    Returns:
+        Two dicts by name of the loss, and `total`: the sum over micro-batches of the loss times
+        its count, and the sum of the counts. The values are detached, of this process only.
     """
     accelerator = training.accelerator
     sums: Sums = {}
@@ -129,14 +148,22 @@ def fit(
     log_every: int = 20,
     checkpoint_every: int = 0,
 ) -> None:
-    """Train until `epochs` epochs are done, those before a resume included.
+    """Train until `epochs` epochs are done in total, including epochs before a resume.
 
-    `accumulate` is the number of micro-batches a step; `checkpoint_every` 0 writes checkpoints at
-    the end of epochs only.
+    Args:
+        training: What is trained, at the position where training starts or resumes.
+        objective: The losses to minimise.
+        loader: Batches; one item is one micro-batch of this process.
+        epochs: Total number of epochs.
+        hooks: Callbacks for logs, checkpoints, evaluation and interruption.
+        accumulate: Number of micro-batches per optimiser step.
+        log_every: Steps between log entries.
+        checkpoint_every: Steps between checkpoints within an epoch; 0: only at the end of epochs.
 
     Raises:
-        UserError: A loss is not finite (the last checkpoint stays), or an image cannot be read.
-        KeyboardInterrupt: Interrupted; progress has been saved.
+        UserError: A loss is not finite, or an image cannot be read. If a loss is not finite, no
+            new checkpoint is written.
+        KeyboardInterrupt: Training was interrupted; a checkpoint has been written.
     """
     place, alone = training.progress, training.accelerator.num_processes == 1
     steps = epochs * math.ceil(len(loader) / accumulate)
@@ -164,7 +191,7 @@ def fit(
 
 
 def _save(training: Training, window: Window, hooks: Hooks) -> None:
-    """Write a checkpoint, unless a loss since the last log line is not finite."""
+    """Log the losses since the last log entry, and write a checkpoint if all are finite."""
     hooks.log(window.close(training.progress.step), training.progress.step)
     hooks.checkpoint()
 
@@ -184,10 +211,11 @@ def _advance(
 def _groups(
     loader: EpochLoader, size: int, save: Callable[[], None] | None
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Group micro-batches, `size` a step; the last step of an epoch may have fewer.
+    """Yield the micro-batches of each step: `size`, or fewer in the last step of an epoch.
 
-    An unreadable image ends training, after a checkpoint by `save`. With several processes `save`
-    is None, because only one rank knows of the image; the previous checkpoint stays.
+    If an image cannot be read, `save` writes a checkpoint before the UserError ends training. With
+    several processes `save` is None, because only one rank has found the image and a checkpoint
+    needs all ranks.
     """
     group: list[dict[str, Tensor]] = []
     try:
@@ -205,9 +233,10 @@ def _groups(
 
 
 def _stop_requested(hooks: Hooks, accelerator: Accelerator, *, poll: bool) -> bool:
-    """Return whether any process was interrupted: all stop after the same step.
+    """Return whether any process was interrupted, so that all stop after the same step.
 
-    With several processes this waits for the device, so they are polled only where `poll` is true.
+    With several processes the answer has to be synchronised, which waits for the device. Therefore
+    this always returns False unless `poll` is true.
     """
     if accelerator.num_processes == 1:
         return hooks.stop()
@@ -228,9 +257,18 @@ def evaluate(
     *,
     channels_last: bool = False,
 ) -> None:
-    """Pass the decoded predictions for every batch of `loader` to `metric`, over all ranks.
+    """Predict every batch of `loader`, add the predictions to `metric`, and gather all ranks.
 
-    `model` is an `AdaptedStudent`, not wrapped; batch norm statistics are taken from rank 0.
+    With several processes, the model's buffers, such as batch norm statistics, are first
+    overwritten with those of rank 0.
+
+    Args:
+        model: An `AdaptedStudent` without the DDP wrapper.
+        task: Prepares inputs and decodes outputs.
+        loader: Batches of this rank.
+        metric: Receives the decoded predictions.
+        accelerator: Devices, processes and precision.
+        channels_last: Whether images are in the channels-last memory format.
     """
     if accelerator.num_processes > 1:  # as DDP does it before each step of training
         for buffer in model.buffers():

@@ -15,9 +15,10 @@ from kd.errors import UserError
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update an exponential moving average of weights and buffers.
+    """Update `average`, an exponential moving average of a model's weights and buffers.
 
-    The decay is lower in the first steps: at most (1 + step) / (10 + step).
+    In the first steps the decay is limited to (1 + step) / (10 + step), so that the average
+    forgets the initial weights soon. Integer buffers are copied.
     """
     decay = min(decay, (1 + step) / (10 + step))
     ours, theirs = average.state_dict(), model.state_dict()
@@ -40,12 +41,12 @@ def make_schedule(
     """Build a learning rate schedule that is a pure function of the step.
 
     Args:
-        optimizer: Each parameter group has its own base rate.
-        steps: Total steps of training.
+        optimizer: Optimiser whose learning rates are multiplied by the schedule's factor.
+        steps: Total number of training steps.
         name: constant, cosine, linear or poly.
-        warmup: Fraction of the steps over which the rate rises from 0.
-        final: Last rate as a fraction of the first.
-        power: Exponent of poly.
+        warmup: Fraction of the steps over which the rate rises from near 0 to the full rate.
+        final: Learning rate at the end, as a fraction of the full rate.
+        power: Exponent of the poly schedule.
     """
     rising = round(warmup * steps)
     shapes: dict[str, Callable[[float], float]] = {
@@ -75,19 +76,20 @@ def make_optimizer(
     lr_scale: Mapping[str, float] | None = None,
     decay_scale: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Build an optimiser with rates and decays by parameter name prefix.
+    """Build an optimiser whose learning rate and weight decay may differ between parameters.
 
     Args:
-        model: Parameters with rate 0 are frozen.
+        model: The model; parameters whose learning rate is 0 are frozen.
         name: adamw, adam or sgd (with Nesterov momentum).
         lr: Base learning rate.
-        weight_decay: Decay of weights; biases and norms have none.
-        momentum: Momentum of sgd; first beta of adam and adamw.
-        lr_scale: Factor on the rate by prefix of the parameter's name; the longest wins.
-        decay_scale: The same for the decay.
+        weight_decay: Weight decay; biases and norms have none.
+        momentum: Momentum of sgd, or the first beta of adam and adamw.
+        lr_scale: Factors on the learning rate. A key is a prefix of parameter names; of several
+            prefixes of a name, the longest counts.
+        decay_scale: Factors on the weight decay, with keys as in `lr_scale`.
 
     Raises:
-        UserError: No parameter starts with a prefix.
+        UserError: A key of `lr_scale` or `decay_scale` is not a prefix of any parameter name.
     """
     names = [full.removeprefix("student.") for full, _ in model.named_parameters()]
     rates = _by_prefix(names, lr_scale or {}, "lr_scale")
@@ -111,7 +113,10 @@ def make_optimizer(
 
 
 def _by_prefix(names: Sequence[str], factors: Mapping[str, float], what: str) -> list[float]:
-    """The factor of each name: that of its longest prefix, 1 without one."""
+    """Return, for each name, the factor of the longest key that is a prefix of it, or 1.
+
+    `what` is the name of the option, for the UserError about a key that is no name's prefix.
+    """
     fitting = [[prefix for prefix in factors if name.startswith(prefix)] for name in names]
     if unknown := set(factors) - {prefix for found in fitting for prefix in found}:
         tops = ", ".join(sorted({name.split(".")[0] for name in names}))

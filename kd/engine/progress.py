@@ -1,4 +1,4 @@
-"""Progress bars, and clean interruption of long runs."""
+"""Progress bars, and interruption of training by Ctrl-C without loss of progress."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _SECONDS_BETWEEN_LINES = 15
 
 
 class CleanStop:
-    """Catch the first Ctrl-C or SIGTERM for a clean end with a checkpoint; a second ends at once.
+    """A context manager that catches the first Ctrl-C or SIGTERM.
 
-    Calling it returns whether a signal has arrived.
+    Training calls the object after each step: it returns whether a signal has arrived, so that
+    training can write a checkpoint and stop. A second signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,16 @@ class CleanStop:
 
 
 class ProgressBar:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """Show the progress of training: a bar on a terminal, log lines elsewhere.
+
+    Entering the context returns the function that takes a new position and updates the bar.
+
+    Args:
+        label: Name of the run.
+        steps: Total number of steps.
+        done: Steps that an earlier run has already taken.
+        enabled: False on all processes but one, which then show nothing.
+    """
 
     def __init__(self, label: str, steps: int, done: int, *, enabled: bool = True) -> None:
         self._label, self._steps, self._done, self._enabled = label, steps, done, enabled

@@ -35,24 +35,28 @@ log = logging.getLogger(__name__)
 
 
 class EpochLoader(Protocol):
-    """A loader whose order is a function of the epoch."""
+    """A loader of batches whose order depends on the epoch only."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
 
     def __len__(self) -> int: ...
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Set the epoch, and the batch to start from."""
+        """Select the epoch that iteration yields, from batch `start_batch` on."""
         ...
 
 
 @dataclass
 class Objective:
-    """The loss to minimise: the task's losses and the distillation terms, with weights.
+    """The loss to minimise: the task's supervised losses and the distillation terms.
 
-    `weights` are those of the supervised losses. With `watched`, terms are computed for their
-    curves only, without weight or gradient, so that a plain student shows the same curves as a
-    distilled one.
+    Attributes:
+        task: Computes the supervised losses.
+        weights: Weights of the supervised losses by name.
+        terms: Distillation terms, which have weights of their own.
+        soft_targets: Source of the teachers' outputs that the terms compare.
+        watched: Whether the terms are only logged, without weight or gradient. A plain student's
+            terms are, so that its curves can be compared with those of a distilled student.
     """
 
     task: Task
@@ -62,19 +66,35 @@ class Objective:
     watched: bool = False
 
     def weights_at(self, progress: float, step: int = 0) -> dict[str, float]:
-        """Weights of all losses at a fraction 0..1 of training, after `step` steps."""
+        """Return the weight of each loss by name, after `step` steps.
+
+        `progress` is the fraction of training that is done, in 0..1.
+        """
         own = {t.name: 0.0 if self.watched else t.weight_at(progress, step) for t in self.terms}
         return {**self.weights, **own}
 
     @property
     def units(self) -> set[str]:
-        """Units that the task has to count for the terms, beside its own."""
+        """Units of the terms' means that the task has to count in addition to its own units."""
         return {term.count for term in self.terms if term.count}
 
 
 @dataclass
 class Training:
-    """A model in training with its optimiser and schedule; checkpoints hold all of it."""
+    """A model in training, with everything that changes in a step and is saved in checkpoints.
+
+    Attributes:
+        accelerator: Devices, processes and precision.
+        model: The `AdaptedStudent`, wrapped by DDP if there are several processes.
+        optimizer: Optimiser of the model.
+        schedule: Learning rate schedule of the optimiser.
+        ema: Exponential moving average of the model; None if no average is kept.
+        ema_decay: Decay of that average.
+        clip_norm: Largest norm of the gradient; 0 turns clipping off.
+        channels_last: Whether images are in the channels-last memory format.
+        critics: Critics of the holistic terms.
+        progress: Position in training.
+    """
 
     accelerator: Accelerator
     model: nn.Module
@@ -94,19 +114,19 @@ class Training:
 
     @property
     def result(self) -> nn.Module:
-        """The model to evaluate and export: averaged weights where there are some."""
+        """The `AdaptedStudent` to evaluate: the moving average if there is one, else the model."""
         return self.unwrapped if self.ema is None else self.ema
 
     @property
     def exported(self) -> nn.Module:
-        """The result without its adapters."""
+        """The student network to export: `result` without its adapters."""
         student = self.result.student
         assert isinstance(student, nn.Module)
         return student
 
     @property
     def rate(self) -> float:
-        """Base learning rate of the next step, before each parameter group's factor."""
+        """Learning rate of the next step, before `lr_scale` multiplies it for some parameters."""
         group = self.optimizer.param_groups[0]
         base: float = self.optimizer.defaults["lr"]
         return base * float(group["lr"]) / float(group["initial_lr"])
@@ -116,8 +136,12 @@ class Training:
 class Hooks:
     """Callbacks of `fit`.
 
-    `log` takes scalars by tag and the step; `stop` returns whether to stop; `epoch_end` takes the
-    number of finished epochs; `progress` takes the position and the number of batches an epoch.
+    Attributes:
+        log: Called with scalars by tag, and the step.
+        checkpoint: Called to write a checkpoint.
+        epoch_end: Called after each epoch, with the number of finished epochs.
+        stop: Called after each step; returns whether training should stop.
+        progress: Called after each step, with the position and the number of batches per epoch.
     """
 
     log: Callable[[dict[str, float], int], None]
@@ -128,7 +152,10 @@ class Hooks:
 
 
 def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint to `path`, with the generator states of every rank."""
+    """Write a checkpoint to `path`; every rank has to call this.
+
+    The checkpoint has the states of the random number generators of all ranks.
+    """
     accelerator = training.accelerator
     streams: list[Any] = [rng_state()]
     if accelerator.num_processes > 1:
@@ -151,7 +178,9 @@ def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> 
 def resume_training(training: Training, path: Path) -> None:
     """Restore a training run from a checkpoint.
 
-    A checkpoint of another model or another number of processes is a UserError.
+    Raises:
+        UserError: The checkpoint cannot be read, or was written for another model or by another
+            number of processes.
     """
     accelerator = training.accelerator
     place, _, parts = load_checkpoint(path)
@@ -173,12 +202,16 @@ def resume_training(training: Training, path: Path) -> None:
 
 
 def add(sums: Sums, name: str, value: Tensor) -> None:
-    """Add to a named sum, which may not exist yet."""
+    """Add `value` to the entry `name` of `sums`, and create the entry if it is missing."""
     sums[name] = sums[name] + value if name in sums else value
 
 
 class Window:
-    """Losses since the last log line, summed on the device, and over ranks when it closes."""
+    """Sums of the losses since the last log entry.
+
+    They stay on the device, so that a step does not wait for it; `close` sums them over ranks and
+    returns the means.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -188,13 +221,17 @@ class Window:
         self.rate = 0.0
 
     def take(self, sums: Sums, counts: Sums) -> None:
-        """Add one step of this process: sums of loss times count, and the counts."""
+        """Add the result of one `train_step`: sums of loss times count, and counts, by loss."""
         for name in sums:
             add(self._sums, name, sums[name])
             add(self._counts, name, counts[name])
 
     def close(self, step: int) -> dict[str, float]:
-        """Return means by tag and the last learning rate; a non-finite loss is an error."""
+        """Return the mean of each loss and the learning rate by tag, and start a new window.
+
+        Raises:
+            UserError: A loss is not finite.
+        """
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -221,7 +258,7 @@ class Window:
         return {**means, "train/lr": self.rate}
 
     def warn_of_empty_losses(self, epoch: int) -> None:
-        """Warn of losses that had nothing to average over in the epoch that ends."""
+        """Log a warning for each loss whose mean was over nothing in the whole of `epoch`."""
         for name, counted in self._counted.items():
             if not counted:
                 log.warning(

@@ -1,4 +1,7 @@
-"""TensorBoard and metrics.jsonl, with the same tags in every run so that curves overlay."""
+"""Write TensorBoard events and `metrics.jsonl`.
+
+All runs use the same tags, so that their curves can be compared in one plot.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,16 @@ from kd.utils.io import write_atomic
 
 
 class Tracker:
-    """Write a run's scalars, figures and images; does nothing where `enabled` is false.
+    """Write a run's scalars, figures and images to its folder.
 
-    Tags: `loss/<name>` (unweighted), `loss/total`, `train/lr`, `eval/<metric>`. Steps after
-    `resume_step` are dropped from what an earlier start of the same run wrote.
+    The tags of scalars are `loss/<name>` (unweighted), `loss/total`, `train/lr` and
+    `eval/<metric>`.
+
+    Args:
+        folder: Run folder.
+        enabled: False on all processes but one; then nothing is written.
+        resume_step: Step of the checkpoint that training resumes from. Scalars that the
+            interrupted run wrote after this step are removed, because the steps are repeated.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resume_step: int = 0) -> None:
@@ -47,7 +56,7 @@ class Tracker:
         self._end = weakref.finalize(self, _end, self._writer, self._file)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write numbers under their tags."""
+        """Write scalars by tag."""
         if not self._enabled:
             return
         with self._disk_errors_named():
@@ -69,13 +78,13 @@ class Tracker:
                 self._writer.add_image(tag, image.to(torch.uint8).cpu().numpy(), step)
 
     def text(self, tag: str, text: str) -> None:
-        """Write Markdown."""
+        """Write a Markdown text."""
         if self._enabled:
             with self._disk_errors_named():
                 self._writer.add_text(tag, text)
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write the run's settings with its final metrics, for TensorBoard's table of runs."""
+        """Write the run's settings and final metrics, for TensorBoard's table of all runs."""
         if not self._enabled:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -98,7 +107,10 @@ class Tracker:
 
     @contextlib.contextmanager
     def _disk_errors_named(self) -> Iterator[None]:
-        """TensorBoard writes in a thread whose error its next call raises."""
+        """Raise a UserError that names the folder in place of an OSError.
+
+        TensorBoard writes in a thread; the next call of the writer raises the thread's error.
+        """
         try:
             yield
         except OSError as error:
@@ -108,14 +120,14 @@ class Tracker:
 
 
 def _end(writer: Any, file: IO[str]) -> None:
-    """Close the files; errors are ignored, because a full disk has been reported before."""
+    """Close the files; ignore errors, because a full disk was reported when it was written to."""
     for one in (file, writer):
         with contextlib.suppress(OSError):
             one.close()
 
 
 def _lines_up_to(path: Path, step: int) -> str:
-    """Lines of an earlier start, without those of repeated steps and a truncated last line."""
+    """Return the lines of `metrics.jsonl` up to a step, without a truncated last line."""
     if not step or not path.is_file():
         return ""
     lines = []
@@ -130,7 +142,7 @@ def _lines_up_to(path: Path, step: int) -> str:
 
 
 def flatten(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted keys."""
+    """Flatten nested settings to a dict with dotted keys, which begin with `place`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{place}.{key}" if place else str(key)

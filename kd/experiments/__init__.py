@@ -1,1 +1,1 @@
-"""A student in several variants and seeds: what kd.distill and kd.transfer run."""
+"""Train a student in several variants and seeds, for kd.distill and kd.transfer."""

@@ -1,7 +1,8 @@
 """Train the variants of one student, which differ only in the part of the method under test.
 
-All variants of a seed share initial weights, data order, pixels, labels and steps. A head that only
-some variants have is initialised last, so that all others start from the same weights.
+All variants of a seed have the same initial weights, data order, augmented images, labels and
+number of steps. A head that only some variants have is initialised last, so that all other modules
+have the same initial weights in every variant.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ from kd.runs.train import RunSetup, run_training
 
 
 def train_section(train: Train, variant: Variant) -> Train:
-    """Training settings of a variant; without a context head, those of that head are removed."""
+    """Return the training settings of a variant.
+
+    If the variant has no context head, the factors on the head's learning rate and weight decay
+    are removed.
+    """
     if variant.context_head:
         return train
     optimizer = train.optimizer
@@ -47,15 +52,26 @@ def train_section(train: Train, variant: Variant) -> Train:
 
 @dataclass
 class Distillation:
-    """Everything that a recipe's variants share; teachers are opened once, before training.
+    """A distillation experiment: trains each variant of a recipe's student for each seed.
 
-    Mistakes that can be found before the first step are UserErrors, quick checks first.
+    Creating the object checks the recipe against the data and opens the teachers, which all
+    variants share. Quick checks come first.
 
     Attributes:
+        recipe: The resolved recipe.
+        data: The dataset.
+        accelerator: Devices and processes.
+        out: Output folder; runs are written to `seed<k>/<variant>/` in it.
+        label: Label of progress lines; empty: the names of student and variant.
+        labelled_only: Whether to train on labelled images only, because no term needs the others.
+        data_typed: Argument of `--data` as the user typed it, for error messages.
         variants: The recipe's variants by name.
         terms: The terms of all variants.
         task: The students' task.
         sources: The opened teachers; None if no variant needs one.
+
+    Raises:
+        UserError: Terms, variants, teachers or the student do not fit each other or the data.
     """
 
     recipe: DistillRecipe
@@ -121,9 +137,10 @@ class Distillation:
         return check_losses(student, batch, objective, self.data.num_classes, called=called)
 
     def check(self) -> None:
-        """Build every variant and compute its losses on two images before training any.
+        """Build every variant and compute its losses on two images, before any is trained.
 
-        A layer, output or weight that does not fit is a UserError.
+        Raises:
+            UserError: A layer, an output, a loss weight or a parameter prefix does not fit.
         """
         seed = self.recipe.seeds[0]
         for name, variant in self.variants.items():
@@ -134,7 +151,7 @@ class Distillation:
             make_optimizer(model, **settings)
 
     def run(self, variant: str, seed: int) -> None:
-        """Train one variant of one seed, unless its folder is finished."""
+        """Train one variant for one seed, or resume; do nothing if the run is finished."""
         recipe, accelerator = self.recipe, self.accelerator
         config = {**recipe.model_dump(mode="json"), "variant": variant, "seed": seed}
         folder = open_run(accelerator, self.out / f"seed{seed}" / variant, config, resume=True)
@@ -153,9 +170,9 @@ class Distillation:
         run_training(setup, model, objective, loader)
 
     def assemble(self, variant: str, seed: int, samples: Samples) -> tuple[nn.Module, Objective]:
-        """Build a variant's `AdaptedStudent` at its seed's initial weights, and its objective.
+        """Build a variant's `AdaptedStudent` with the seed's initial weights, and its objective.
 
-        Adapters are initialised after the student.
+        Adapters are initialised after the student, so that they do not change its weights.
         """
         one, terms, source = self.variants[variant], self._terms(variant), None
         if self.sources is not None and terms:
@@ -172,7 +189,10 @@ class Distillation:
         return model.to(self.accelerator.device), objective
 
     def student(self, variant: Variant, labelled: NDArray[np.int64] | None) -> nn.Module:
-        """Build a variant's student at initial weights; `labelled` are ids of labelled images."""
+        """Build a variant's student with initial weights.
+
+        `labelled` are the ids of the labelled train images, or None if all are labelled.
+        """
         try:
             return self.data.problem.build_student(
                 self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
@@ -186,11 +206,14 @@ class Distillation:
             ) from error
 
     def first_batch(self, samples: Samples) -> dict[str, Tensor]:
-        """A batch of at most two samples, on which shapes and mistakes are found."""
+        """Return a batch of at most two samples, to find shapes and mistakes before training."""
         return first_batch(samples, self.recipe.train, self.accelerator)
 
     def samples(self, variant: str, seed: int) -> Samples:
-        """Training samples, the same for all variants, with the cached maps that this one reads."""
+        """Return the training samples, with the cached maps that this variant's terms read.
+
+        Apart from these maps, the samples of all variants are the same.
+        """
         recipe, data = self.recipe, self.data
         labelled = data.labelled(seed)
         sampling = Sampling(
@@ -204,7 +227,7 @@ class Distillation:
         return data.problem.training(data, sampling, self.task)
 
     def _terms(self, variant: str) -> list[Term]:
-        """A variant's terms, or those that it logs without training on them."""
+        """Return a variant's terms, or, if it has none, the terms that it only logs."""
         one = self.variants[variant]
         if one.terms:
             return [term for term in self.terms if term.section in one.terms]

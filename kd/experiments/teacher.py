@@ -28,7 +28,16 @@ def train_one(
     label: str,
     images: NDArray[np.int64] | None,
 ) -> None:
-    """Train one model on the train images of some ids, or on all."""
+    """Train one teacher, or one of its fold models; do nothing if the run is finished.
+
+    Args:
+        recipe: The resolved recipe.
+        data: The dataset.
+        accelerator: Devices and processes.
+        folder: Run folder; training resumes from its checkpoint if there is one.
+        label: Label of progress lines.
+        images: Ids of the train images to train on; None: all.
+    """
     if folder.finished:
         return
     problem = data.problem

@@ -1,4 +1,4 @@
-"""Open a recipe's teachers once, before training, and give their outputs to students."""
+"""Open a recipe's teachers once, before training, as sources of the students' soft targets."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class RecipeTeachers:
     """The opened teachers of a recipe by name; the name of the recipe's own `teacher` is "".
 
     Attributes:
-        teachers: Those whose outputs some term reads.
-        weights: Their weights in `mean.posterior` and `mean.logits`, in the same order.
-        posteriors: Cached posteriors, in memory.
-        maps: Other cached outputs, which the samples load.
-        live: Teachers that run in each step.
+        teachers: The teachers whose outputs some term reads.
+        weights: Weights of the teachers in `mean.posterior` and `mean.logits`, in the same order.
+        posteriors: Cached posteriors in memory, by teacher.
+        maps: Other cached outputs, which are loaded with the samples, by teacher and output.
+        live: Teachers that run in each training step.
     """
 
     teachers: dict[str, TrainedTeacher]
@@ -48,7 +48,7 @@ class RecipeTeachers:
 
     @property
     def teacher(self) -> TrainedTeacher:
-        """The first one, usually the recipe's `teacher`."""
+        """The first of the teachers: the recipe's `teacher`, if some term reads it."""
         return next(iter(self.teachers.values()))
 
     @property
@@ -57,7 +57,7 @@ class RecipeTeachers:
         return not self.live
 
     def fields(self, outputs: Mapping[str, Sequence[str]]) -> list[CachedField]:
-        """Fields that the samples must have for these outputs by teacher."""
+        """Return the cached maps that samples have to load; `outputs` are by teacher."""
         return [
             cached
             for name, maps in self.maps.items()
@@ -68,9 +68,12 @@ class RecipeTeachers:
     def targets(
         self, outputs: Mapping[str, Sequence[str]], *, shuffled: int | None = None
     ) -> SoftTargetSource:
-        """Build the source of these outputs by teacher.
+        """Build the source of soft targets for a student.
 
-        `shuffled` is the seed by which each posterior is assigned to another object: the control.
+        Args:
+            outputs: Names of the outputs that the student's terms read, by teacher.
+            shuffled: Seed with which each cached posterior is assigned to another object, for the
+                control variant; None: posteriors stay with their objects.
         """
         found: dict[str, SoftTargetSource] = {**self.live}
         for name, maps in self.maps.items():
@@ -88,9 +91,12 @@ class RecipeTeachers:
 def find_teachers(
     recipe: DistillRecipe, terms: Sequence[Term], data: Dataset, data_typed: str | None = None
 ) -> dict[str, Path]:
-    """Find the teachers that a recipe's terms need, by name; none is loaded.
+    """Return the run folders or files of the teachers that a recipe needs, without loading them.
 
-    `data_typed` is the argument of `--data`, for the UserError where one is missing.
+    `data_typed` is the argument of `--data`, which error messages repeat.
+
+    Raises:
+        UserError: A teacher has no trained run, or the recipe does not name it.
     """
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
     problem = data.problem
@@ -120,8 +126,18 @@ def open_teachers(
 ) -> RecipeTeachers:
     """Load the teachers of a recipe, and compute the outputs that their caches lack.
 
-    A teacher of another dataset, of other classes or another image size is a UserError, and so are
-    cached maps that differ too much from those of moved images.
+    Args:
+        recipe: The resolved recipe.
+        terms: The terms of all variants.
+        task: The students' task.
+        data: The students' dataset.
+        accelerator: Devices and processes.
+        found: Run folder or file of each teacher, from `find_teachers`.
+
+    Raises:
+        UserError: A teacher was trained on other classes or another image size, lacks a layer, or
+            its cache was made for another dataset; or cached maps that are flipped, shifted or
+            scaled with an image differ too much from the teacher's maps of the augmented image.
     """
     teachers = {name: load_teacher_of(path, data) for name, path in found.items()}
     outputs = outputs_by_teacher(terms, recipe.more_teachers)
@@ -155,7 +171,10 @@ def open_teachers(
 def _check_layers(
     teacher: TrainedTeacher, name: str, terms: Sequence[Term], recipe: DistillRecipe
 ) -> None:
-    """A missing layer may mean that the recipe is for another kind of teacher."""
+    """Raise a UserError if a teacher lacks a layer that a term reads.
+
+    The message says if the recipe is for another kind of teacher, which is the likely cause.
+    """
     try:
         for term in terms:
             read = outputs_by_teacher([term], recipe.more_teachers)[name]
@@ -187,7 +206,10 @@ def _check_softmax(
 
 
 def _posteriors(cached: CachedField, data: Dataset) -> CachedPosteriors:
-    """Read all posteriors and check their object ids: look-ups during training are not checked."""
+    """Read all posteriors of a cache, and check that they belong to the dataset's objects.
+
+    They are checked here because on a GPU look-ups during training are not.
+    """
     posteriors = CachedPosteriors.read(cached)
     ids = torch.from_numpy(data.problem.object_ids(data))
     if data.problem.some_posteriors:
@@ -218,7 +240,7 @@ def _cached(
     data: Dataset,
     accelerator: Accelerator,
 ) -> dict[str, CachedField]:
-    """Open or fill the cache of a teacher; the samples have its outputs as `stored.NAME`."""
+    """Open a teacher's cache and compute what it lacks; return the cached fields by output."""
     targets = recipe.soft_targets
     seen = data.problem.cached_data(data)
     hides = seen.problem.hides_objects
@@ -246,7 +268,7 @@ def _cached(
 def _live(
     teacher: TrainedTeacher, outputs: Sequence[str], recipe: DistillRecipe, accelerator: Accelerator
 ) -> LiveTeacher:
-    """Wrap a live teacher once for all variants and seeds: each wrapper hooks the model."""
+    """Wrap a live teacher for all variants and seeds; one wrapper, since each adds hooks."""
     size, own = (getattr(section, "size", None) for section in (recipe.data, teacher.section))
     if own != size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""One student from several initial weights, probed and fine-tuned."""
+"""Compare one student with several initial weights of its trunk, probed and fine-tuned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Start:
-    """One row of the table: mode, initial weights of the trunk, and the recipe."""
+    """One row of the table: how a student is trained and which initial weights its trunk has.
+
+    Attributes:
+        mode: `probe` (only the head is trained) or `finetune`.
+        name: Name of the trunk's initial weights, a key of the recipe's `starts`.
+        recipe: Recipe that trains this student.
+    """
 
     mode: str
     name: str
@@ -25,18 +31,21 @@ class Start:
 
     @property
     def path(self) -> Path:
-        """Path below the output folder."""
+        """Path of this row's runs, relative to the output folder."""
         return Path(self.mode) / self.name
 
     def summary(self, out: Path, seed: int) -> Path:
-        """Path of the summary of one seed."""
+        """Path of one seed's `summary.json`; `out` is the output folder."""
         return out / self.path / f"seed{seed}" / "no_context" / "summary.json"
 
 
 def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[Start]:
-    """Yield every mode from every start, grouped by mode.
+    """Yield every combination of mode and initial weights, grouped by mode.
 
-    A missing run, or a student that cannot be built from it, is a UserError.
+    `data_typed` is the argument of `--data`, which error messages repeat.
+
+    Raises:
+        UserError: A run or a file of weights is missing.
     """
     student, weights = _student(recipe, data_typed)
     for mode, section in (("probe", recipe.probe), ("finetune", recipe.finetune)):
@@ -53,7 +62,10 @@ def starts(recipe: TransferRecipe, data_typed: str | None = None) -> Iterator[St
 
 
 def _student(recipe: TransferRecipe, data_typed: str | None) -> tuple[Model, dict[str, str | None]]:
-    """The student without weights, and the weights of each start."""
+    """Return the student, and the trunk's initial weights by name of the start.
+
+    Weights are a run folder, a file, "imagenet", or None for random weights.
+    """
     student, weights = recipe.student, dict(recipe.starts)
     problem = problem_of_task(recipe.task.name)
     alike = student.name == problem.transferred and "like" not in student.options
@@ -75,7 +87,7 @@ def _frozen(section: Probe | Finetune) -> dict[str, Any]:
 
 
 def _train(train: Train, section: Probe | Finetune, *, random: bool) -> Train:
-    """Training settings of a mode; a randomly initialised trunk learns at the full rate."""
+    """Return the training settings of a mode; a `random` trunk has the full learning rate."""
     optimizer = train.optimizer
     if isinstance(section, Finetune) and not random:
         scale = {**optimizer.lr_scale, "trunk": section.trunk}

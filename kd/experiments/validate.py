@@ -23,7 +23,11 @@ def check_terms(
     task: Task,
     data: Dataset,
 ) -> None:
-    """Refuse terms and variants that do not fit the task, the data or the cache."""
+    """Check that terms, variants and `soft_targets` fit the task and the data.
+
+    Raises:
+        UserError: One of them does not fit.
+    """
     _check_soft_targets(recipe, terms, data)
     _check_variants(recipe, variants, terms, data)
     for term in terms:
@@ -35,7 +39,7 @@ def _has_posteriors(data: Dataset) -> bool:
 
 
 def _check_soft_targets(recipe: DistillRecipe, terms: Sequence[Term], data: Dataset) -> None:
-    """Refuse impossible settings of cached outputs, and warn of those without effect."""
+    """Raise a UserError for impossible settings of cached outputs; warn of useless ones."""
     changed = [
         name
         for name, field in SoftTargets.model_fields.items()

@@ -24,7 +24,16 @@ def make_loader(
     seed: int = 0,
     train: bool = False,
 ) -> SampleLoader:
-    """Build the loader of this process, which gets its slice of each batch."""
+    """Build this process's loader, which yields its slice of each batch.
+
+    Args:
+        dataset: The samples.
+        accelerator: Devices and processes.
+        batch_size: Samples per batch, over all processes.
+        workers: Loader processes; 0: load in this process.
+        seed: Seed of the order.
+        train: Whether to shuffle, and to drop an incomplete last batch.
+    """
     return SampleLoader(
         dataset, batch_size=batch_size, seed=seed, shuffle=train, workers=workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
@@ -33,9 +42,10 @@ def make_loader(
 
 
 def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
-    """Open a dataset; without a task, the first problem with such data opens it.
+    """Open a dataset for a task; without a task, for the first problem that has such data.
 
-    An unknown task, or one for another kind of data, is a UserError.
+    Raises:
+        UserError: The task is unknown or for another kind of data, or the data cannot be read.
     """
     if task is not None:
         check_kind(task, section)
@@ -45,7 +55,7 @@ def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
 
 
 def check_kind(task: str, section: DatasetSection) -> None:
-    """Refuse an unknown task, or one for another kind of data."""
+    """Raise a UserError if the task is unknown, or if it is for another kind of data."""
     spec = spec_of_task(task)
     if not isinstance(section, spec.data):
         raise UserError(
@@ -55,14 +65,18 @@ def check_kind(task: str, section: DatasetSection) -> None:
 
 
 def without_weights(section: Model, **replaced: object) -> Model:
-    """Remove the options for initial weights, which a run's weights replace; files may be gone."""
+    """Return a model's section without options for initial weights, and with others replaced.
+
+    The weights of a trained run are loaded afterwards. The file that the initial weights came from
+    may not exist any more. `replaced` has new values of options, for those that the section has.
+    """
     replaced |= {"weights": None, "file": None}
     options = {key: replaced.get(key, value) for key, value in section.options.items()}
     return section.model_copy(update={"options": options})
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16; elsewhere autocast is slower than float32."""
+    """Return whether the hardware multiplies bfloat16; if not, autocast would be slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -70,7 +84,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """Set up devices, processes and precision."""
+    """Set up devices, processes and precision; `precision` is auto, bf16 or fp32."""
     cpu = not torch.cuda.is_available()
     if cpu:
         keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Run folders: opened, checked against an earlier start, and finished."""
+"""Run folders: create them, check them before resuming, and write their files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ _FREE = ("data.workers", "data.root", "data.prepared", "variants", "seeds", "sta
 
 
 class RunFolder:
-    """The files of one run, created where missing.
+    """The folder of one run, created with its `config.yaml` if it does not exist.
 
-    `config` is the resolved recipe. A folder with another run, with the same run unless `resume`,
-    or one that cannot be written, is a UserError.
+    Args:
+        path: The folder.
+        config: The resolved recipe.
+        resume: Whether the folder may contain an earlier part of the same run.
+
+    Raises:
+        UserError: The folder contains a run with another config, or any run if `resume` is false,
+            or it cannot be written.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
@@ -57,17 +63,17 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint that resuming reads."""
+        """Path of the checkpoint from which training resumes."""
         return self.path / "last.pt"
 
     @property
     def model(self) -> Path:
-        """The trained weights."""
+        """Path of the trained weights."""
         return self.path / "model.safetensors"
 
     @property
     def finished(self) -> bool:
-        """Whether the run is complete; the summary is written last."""
+        """Whether the run is complete, which its summary shows, because it is written last."""
         return (self.path / "summary.json").is_file()
 
     def summary(self) -> dict[str, Any]:
@@ -77,7 +83,10 @@ class RunFolder:
 
 
 def check_current(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a config in which `variants` are still called `arms`; `file` is for messages."""
+    """Raise a UserError if a config is of an earlier version, in which variants were called arms.
+
+    `file` is the config's path, for the message.
+    """
     if old := sorted({"arm", "arms"} & config.keys()):
         raise UserError(
             f"{file}: a run of an earlier version ({old[0]!r} is now "
@@ -86,23 +95,30 @@ def check_current(config: Mapping[str, Any], file: Path) -> None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.yaml`, replacing an old one."""
+    """Write `config.yaml` to a folder; an existing one is replaced."""
     write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, width=100))
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:
-    """Write the file that `class_names` reads, for using a model without its data."""
+    """Write a run's class names to `classes.json`, so that its model can be used without the data.
+
+    `class_names` reads the file.
+    """
     text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
     write_text(folder / _CLASSES, text)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, which makes the folder a finished run."""
+    """Write `summary.json`, which marks the run as finished."""
     write_text(folder / "summary.json", json.dumps(dict(summary), indent=2) + "\n")
 
 
 def class_names(folder: Path) -> tuple[str, ...] | None:
-    """Read a run's class names, in the order of its outputs; None where it has no such file."""
+    """Read a run's class names in the order of the model's outputs; None if it has no such file.
+
+    Raises:
+        UserError: `classes.json` is not a list of names.
+    """
     file = folder / _CLASSES
     try:
         names = json.loads(file.read_text(encoding="utf-8"))["names"]
@@ -116,7 +132,15 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
 
 
 def check_same_config(written: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with another config; the UserError names the differences."""
+    """Check that a run is resumed with the config that it was started with.
+
+    Args:
+        written: The run's `config.yaml`.
+        config: The resolved recipe now.
+
+    Raises:
+        UserError: The two differ in a key that changes results; the message lists the differences.
+    """
     there = read_yaml(written)
     check_current(there, written)
     differences = [

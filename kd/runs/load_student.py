@@ -1,4 +1,4 @@
-"""Load trained students: one variant of a comparison, from its run folder."""
+"""Load a trained student: one variant and seed of a distillation, from its run folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from kd.runs.build import open_data, without_weights
 def load_student(
     run: Path, config: Mapping[str, Any], section: DatasetSection
 ) -> tuple[Dataset, nn.Module, Task]:
-    """Load dataset, student and task of `run`, the folder seed<k>/<variant> of a comparison.
+    """Load a student with its dataset and task.
 
-    `section` is the dataset to open. The folder of a whole comparison, an unfinished run or one of
-    another model is a UserError.
+    Args:
+        run: Folder seed<k>/<variant> of a distillation.
+        config: Content of the run's `config.yaml`.
+        section: Data section of the dataset to open, which may differ from the run's own.
+
+    Raises:
+        UserError: The folder is that of a whole distillation, the run is not finished, or its
+            weights do not fit the student.
     """
     if "variant" not in config:
         raise UserError(
@@ -43,9 +49,14 @@ def load_student(
 def load_network(
     run: Path, recipe: DistillRecipe, variant: str, data: Dataset, seed: int
 ) -> nn.Module:
-    """Load the network of a variant from its folder.
+    """Load the trained network of a variant.
 
-    Variants differ in heads; `seed` determines the labelled images.
+    Args:
+        run: Run folder of the variant.
+        recipe: The distillation's recipe.
+        variant: Name of the variant, which determines the heads of the network.
+        data: The dataset.
+        seed: Seed of the run, which determines the labelled images.
     """
     one = variants_of(recipe)[variant]
     student = data.problem.build_student(

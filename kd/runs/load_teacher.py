@@ -1,4 +1,4 @@
-"""Find and load trained teachers, and check them against a dataset."""
+"""Find and load trained teachers, and check that their classes are those of a dataset."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = 32  # images that calibrate int8
 
 
 def default_folder(teacher: str, data: str) -> Path:
-    """The default run folder of a teacher."""
+    """Return the default run folder of a teacher that was trained on a dataset."""
     return RUNS / "teacher" / teacher / data
 
 
@@ -40,8 +40,14 @@ def find_teacher(
 ) -> Path:
     """Find the run folder or file of a recipe's teacher, without reading it.
 
-    `further` is its key in `more_teachers`, empty for `teacher`; `typed` is the argument of
-    `--data`. A missing run is a UserError that shows the command to train it.
+    Args:
+        reference: The teacher's section of the recipe.
+        data: Name of the dataset that the teacher was trained on.
+        further: Key of the teacher in `more_teachers`; empty for the recipe's `teacher`.
+        typed: Argument of `--data` as the user typed it, for the error message.
+
+    Raises:
+        UserError: There is no such run; the message shows the command that trains the teacher.
     """
     key = f"more_teachers.{further}" if further else "teacher"
     if reference.run is not None:
@@ -60,7 +66,7 @@ def find_teacher(
 
 
 def _flag(data: str, typed: str | None) -> str:
-    """The argument of `--data` for the same dataset."""
+    """Return the argument of `--data` that selects the same dataset, for a message."""
     if typed is not None:
         return shlex.quote(typed)
     if data in known_configs("data"):
@@ -70,7 +76,14 @@ def _flag(data: str, typed: str | None) -> str:
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """A trained teacher."""
+    """A trained teacher, loaded, frozen and in evaluation mode.
+
+    Attributes:
+        folder: Run folder.
+        recipe: The recipe that it was trained with.
+        model: The network.
+        task: The task that it was trained for.
+    """
 
     folder: Path
     recipe: TeacherRecipe
@@ -87,18 +100,22 @@ class TrainedTeacher:
 
     @property
     def called(self) -> str:
-        """Its name in messages: run, model and task."""
+        """Description of the teacher for messages: run folder, model and task."""
         recipe = self.recipe
         return f"teacher {self.folder} ({recipe.teacher.name}, task {recipe.task.name})"
 
     @property
     def reads_labels(self) -> bool:
-        """Whether the classes of the other objects are an input."""
+        """Whether the classes of the other objects are an input of the model."""
         return bool(getattr(self.model, "reads_labels", False))
 
 
 def latest_teacher() -> Path:
-    """Find the most recently trained context teacher among the default run folders."""
+    """Find the most recently trained context teacher among the default run folders.
+
+    Raises:
+        UserError: There is none.
+    """
     finished = (RUNS / "teacher").glob("*/*/summary.json")
     for summary in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
         config = read_yaml(summary.parent / "config.yaml")
@@ -111,9 +128,12 @@ def latest_teacher() -> Path:
 
 
 def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
-    """Load a teacher from its run folder, its `model.safetensors` or a checkpoint `last.pt`.
+    """Load a teacher that has `num_classes` classes.
 
-    A student's run, an unfinished run or another number of classes is a UserError.
+    `path` is its run folder, its `model.safetensors` or its checkpoint `last.pt`.
+
+    Raises:
+        UserError: The run is not finished, is that of a student, or has another number of classes.
     """
     folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
     checkpoint = None
@@ -140,19 +160,28 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
 
 
 def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
-    """Load a teacher for a dataset, with the classes that it was trained on.
+    """Load a teacher with the classes that it was trained on, for use on a dataset.
 
-    They may differ from the dataset's where only its layers are read: see `check_classes`.
+    Its classes are not compared with those of the dataset, because they may differ if only layers
+    of the teacher are used. `check_classes` compares them.
     """
     names = class_names(path if path.is_dir() else path.parent)
     return load_teacher(path, data.num_classes if names is None else len(names))
 
 
 def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
-    """Refuse a teacher of other classes, or of the same classes in another order.
+    """Check that a teacher was trained on the given classes, in the same order.
 
-    For teachers whose outputs are compared class by class. A run without `classes.json` is
-    accepted: only its number of classes is known. `where` names the dataset in messages.
+    This is needed if outputs of student and teacher are compared class by class. A run without
+    `classes.json` passes, because the names of its classes are not known.
+
+    Args:
+        teacher: The teacher.
+        names: Class names of the dataset.
+        where: Name of the dataset, for the message.
+
+    Raises:
+        UserError: A class differs.
     """
     known = class_names(teacher.folder)
     if known is None:
@@ -169,9 +198,13 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
 
 
 def class_names_of(path: Path) -> tuple[str, ...]:
-    """Class names of a teacher, in the order of its outputs.
+    """Return the class names of a teacher, in the order of its outputs.
 
-    `path` is as for `load_teacher`. Without a `classes.json` the run's dataset is read.
+    `path` is as for `load_teacher`. If the run has no `classes.json`, the names are read from the
+    dataset that the teacher was trained on.
+
+    Raises:
+        UserError: `path` is not in a run folder, or its dataset cannot be read.
     """
     folder = path if path.is_dir() else path.parent
     if (names := class_names(folder)) is not None:
@@ -193,10 +226,15 @@ def class_names_of(path: Path) -> tuple[str, ...]:
 def fast_teacher(
     model: nn.Module, task: Task, dataset: Samples, *, int8: bool = False
 ) -> nn.Module:
-    """Copy a frozen teacher for inference only; none of its layers can be tapped.
+    """Return a faster copy of a frozen teacher, for inference only.
 
-    Batch norms are folded. With `int8` all but the head runs in 8-bit integers on the CPU; a few
-    images of `dataset` calibrate the ranges.
+    Batch norms are folded into convolutions, so layers of the copy cannot be tapped.
+
+    Args:
+        model: The teacher's network.
+        task: The teacher's task, which prepares its inputs.
+        dataset: Samples, a few of which calibrate the ranges of 8-bit integers.
+        int8: Whether everything but the head runs in 8-bit integers, on the CPU.
     """
     if not int8:
         return for_answers(model)
@@ -206,7 +244,7 @@ def fast_teacher(
 
 
 def images_of(task: Task, batch: Batch) -> torch.Tensor:
-    """The images that a model is called with, as the task prepares them."""
+    """Return the images of a batch as the task prepares them for the model."""
     images = task.inputs(batch)[0]
     assert images is not None
     return images
@@ -218,7 +256,11 @@ def _without_weights(recipe: TeacherRecipe) -> Model:
 
 
 def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
-    """Load the models of a teacher's `folds`, in order."""
+    """Load a teacher's fold models, in the order of the folds.
+
+    Raises:
+        UserError: The teacher was trained without folds.
+    """
     count = teacher.recipe.folds
     if count < 2:
         raise UserError(

@@ -29,7 +29,15 @@ _SEED = re.compile(r"seed(\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: a teacher, or one variant and seed of a distillation."""
+    """A finished run: a teacher, or one variant and seed of a distillation.
+
+    Attributes:
+        folder: Run folder.
+        config: Content of `config.yaml`.
+        summary: Content of `summary.json`.
+        records: Predictions and ground truth from `predictions.npz`.
+        results: Metrics and tables of the run's problem.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -44,7 +52,7 @@ class Run:
 
 @dataclass(frozen=True)
 class DistillRuns:
-    """The variants of a distillation, with one run for each of `seeds`."""
+    """The finished runs of a distillation: for each variant, one run for each of `seeds`."""
 
     folder: Path
     seeds: tuple[int, ...]
@@ -55,14 +63,15 @@ class DistillRuns:
         return next(iter(self.variants.values()))[0].results
 
     def records(self) -> dict[str, list[Records]]:
-        """Predictions by variant, one for each seed."""
+        """Return the predictions by variant, as a list with one entry for each seed."""
         return {variant: [run.records for run in runs] for variant, runs in self.variants.items()}
 
 
 def read_run(folder: str | Path) -> Run:
     """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
 
-    A folder that is missing, unfinished, corrupt or no run is a UserError.
+    Raises:
+        UserError: The folder is missing, is not a run, or the run is not finished or corrupt.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -83,7 +92,15 @@ def read_run(folder: str | Path) -> Run:
 
 
 def results_of(config: Mapping[str, Any], run: Path) -> Results:
-    """Results of a run's task, with the user's metrics; `run` is its folder, for messages."""
+    """Return the metrics and tables of a run's problem, including the user's own metrics.
+
+    Args:
+        config: Content of the run's `config.yaml`.
+        run: The run folder, for messages.
+
+    Raises:
+        UserError: The config names no task, or a metric cannot be imported.
+    """
     task = config.get("task")
     if not isinstance(task, dict) or "name" not in task:
         raise UserError(f"{run / 'config.yaml'}: not the config of a run, it names no task")
@@ -92,7 +109,7 @@ def results_of(config: Mapping[str, Any], run: Path) -> Results:
 
 
 def results_hint(path: Path) -> str:
-    """Hint for messages where a detector's results file is given in place of a run."""
+    """Return a hint for an error message if `path` is not a run but a detector's results file."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return ""
     how = f"python -m kd.evaluate {path} --annotations JSON"
@@ -100,10 +117,13 @@ def results_hint(path: Path) -> str:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs, and the finished runs below other folders.
+    """Read runs: each of `folders` is a run folder, or a folder that contains finished runs.
 
-    Folders inside of runs, such as a teacher's folds, are not searched. Unfinished runs
-    below a folder are skipped with a warning; it is a UserError if none is finished.
+    Subfolders are searched, but not those of a run, such as the folds of a teacher. Unfinished
+    runs are skipped with a warning.
+
+    Raises:
+        UserError: A folder contains no finished run.
     """
     found: dict[Path, Run] = {}
     for folder in map(Path, folders):
@@ -133,12 +153,15 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the shortest part of their paths that is unique, such as `seed0/plain`."""
+    """Return the runs by the names that `distinct_names` gives their folders."""
     return dict(zip(distinct_names([run.folder for run in runs]), runs, strict=True))
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest part of each path that distinguishes the folders."""
+    """Return a short name for each folder: its path without the common beginning and end.
+
+    For example `seed0/plain` and `seed1/plain` become `seed0` and `seed1`.
+    """
     parts = [folder.parts for folder in folders]
 
     def common(paths: list[tuple[str, ...]]) -> int:
@@ -151,16 +174,20 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def is_distill(folder: str | Path) -> bool:
-    """Whether a folder holds `seed<k>` folders, as a distillation does."""
+    """Return whether a folder contains `seed<k>` folders, as that of a distillation does."""
     return bool(_seed_folders(Path(folder)))
 
 
 def read_distill(folder: str | Path, variants: Collection[str] | None = None) -> DistillRuns:
-    """Read `seed<k>/<variant>/` of a distillation.
+    """Read the runs `seed<k>/<variant>/` of a distillation.
 
-    A seed without a finished run of `plain` and of each of `variants` (by default all that any seed
-    has) is skipped with a warning. It is a UserError if no seed is left, or if runs scored
-    different objects.
+    Args:
+        folder: Folder of the distillation.
+        variants: Variants to read in addition to `plain`; None: all that any seed has. A seed for
+            which one of these runs is not finished is skipped with a warning.
+
+    Raises:
+        UserError: All seeds are skipped, or the runs were evaluated on different objects.
     """
     path = Path(folder)
     found = _seed_folders(path)
@@ -191,7 +218,7 @@ def _unfinished(place: Path, variants: Sequence[str]) -> str | None:
 
 
 def check_same_objects(runs: Sequence[Run]) -> None:
-    """Refuse to compare runs that did not score the same objects or ground truth."""
+    """Raise a UserError if runs were evaluated on different objects or ground truth."""
     first = runs[0]
     for run in runs[1:]:
         pair, own, others = f"{run.folder} and {first.folder}", run.results, first.results
@@ -205,7 +232,13 @@ def read_predictions(
 ) -> Records:
     """Read and check a `predictions.npz`; rows are sorted by id.
 
-    `names` are the class names, for metrics of single classes.
+    Args:
+        path: The file.
+        results: Results of the run's problem, which define the arrays of the file.
+        names: Class names, for metrics of single classes.
+
+    Raises:
+        UserError: The file is missing or corrupt, or an id occurs twice.
     """
     path = Path(path)
     try:
@@ -225,9 +258,12 @@ def read_predictions(
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the curves of a run, finished or not: (step, value) pairs by tag.
+    """Read the curves of a run: lists of (step, value) pairs by tag.
 
-    An incomplete last line of `metrics.jsonl`, which the run may be writing, is skipped.
+    The run may still be training: an incomplete last line of `metrics.jsonl` is skipped.
+
+    Raises:
+        UserError: `metrics.jsonl` is missing or corrupt.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
@@ -246,7 +282,7 @@ def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def ceilings(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Scores of the exact posterior by metric, where a summary has `ceiling_<metric>`."""
+    """Return the metrics of the exact posterior, which a summary calls `ceiling_<metric>`."""
     return {
         key.removeprefix("ceiling_"): float(number)
         for key, number in summary.items()
@@ -273,7 +309,7 @@ def _seed_folders(path: Path) -> dict[int, Path]:
 
 
 def _in_order(variants: Collection[str], config: Path) -> list[str]:
-    """Sort variants as the recipe lists them, then its ablations, then the others by name."""
+    """Sort variants by name, after those of the recipe and of its ablations in their order."""
     recipe = _read_mapping(config) if config.is_file() else {}
     known = ["plain", *recipe.get("variants", ("distilled",))]
     known += [variant for ablation in recipe.get("ablations", {}).values() for variant in ablation]
@@ -284,7 +320,7 @@ def _in_order(variants: Collection[str], config: Path) -> list[str]:
 
 
 def _runs_below(path: Path, *, show: int = 4) -> str:
-    """End of an error message: runs below the folder."""
+    """Return the end of an error message that lists runs in a folder, up to `show` of them."""
     found = sorted(
         {str(file.parent) for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml")}
         | {str(place) for place in path.iterdir() if place.is_dir() and is_distill(place)}

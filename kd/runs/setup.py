@@ -1,4 +1,4 @@
-"""Set up a training run: its folder on all processes, optimiser, schedule and averages."""
+"""Set up a training run: its folder, optimiser, schedule, averaged weights and critics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ from kd.runs.folder import RunFolder
 def open_run(
     accelerator: Accelerator, path: Path, config: Mapping[str, Any], *, resume: bool
 ) -> RunFolder:
-    """Open a run folder on every process; a UserError on the main process is raised on all."""
+    """Open a run folder on every process.
+
+    Raises:
+        UserError: As `RunFolder`; an error of the main process is raised on all processes.
+    """
     folder: RunFolder | None = None
     message: list[str | None] = [None]
     if accelerator.is_main_process:
@@ -51,7 +55,7 @@ def open_run(
 
 
 def first_batch(samples: Samples, train: Train, accelerator: Accelerator) -> dict[str, Tensor]:
-    """A batch of at most two training samples, on which mistakes are found before training."""
+    """Return a batch of at most two training samples, to find mistakes before training."""
     own = train.batch_size // train.accumulate // accelerator.num_processes
     batch = collate([samples[0, place] for place in range(min(2, max(1, own), len(samples)))])
     return to_device(batch, accelerator.device, channels_last=False)
@@ -60,10 +64,24 @@ def first_batch(samples: Samples, train: Train, accelerator: Accelerator) -> dic
 def check_losses(
     model: nn.Module, batch: Batch, objective: Objective, num_classes: int, *, called: str
 ) -> dict[str, Mean]:
-    """Compute a batch's losses in training mode, in which some models give more outputs.
+    """Compute the losses of a batch before training, to find a model that does not fit its task.
 
-    The model's batch norm statistics change. An output that the task lacks, scores of another
-    number of classes, or a batch too small for batch norm is a UserError; `called` begins messages.
+    The model runs in training mode, in which some models return more outputs; this changes its
+    batch norm statistics.
+
+    Args:
+        model: An `AdaptedStudent`, on the batch's device.
+        batch: The batch.
+        objective: The losses.
+        num_classes: Number of classes of the dataset.
+        called: Prefix of error messages.
+
+    Returns:
+        The losses by name, without gradient.
+
+    Raises:
+        UserError: The model lacks an output that a loss of the task reads, its scores have
+            another number of classes, or the batch is too small for batch norm.
     """
     task = objective.task
     model.train()
@@ -100,9 +118,14 @@ def start_training(
     steps: int,
     critics: Mapping[str, nn.Module] | None = None,
 ) -> Training:
-    """Set up optimiser, schedule and averaged weights, and those of each critic.
+    """Move a model to the device and set up its optimiser, schedule, averaged weights and critics.
 
-    `steps` are all steps of training; `critics` the `Adversary` of each holistic term by its name.
+    Args:
+        accelerator: Devices, processes and precision.
+        model: An `AdaptedStudent`.
+        train: Training settings of the recipe.
+        steps: Total number of training steps.
+        critics: The `Adversary` of each holistic term, by name of the term.
     """
     # Baselines of counts have no parameters to optimise and no gradients for DDP.
     weights = model if learns(model) else nn.Linear(1, 1)
@@ -142,7 +165,10 @@ def _start_critic(
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Convert batch norms to statistics over all processes; frozen ones stay frozen."""
+    """Convert batch norms so that they compute statistics over all processes.
+
+    Frozen batch norms are not converted.
+    """
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         if isinstance(module, FrozenBatchNorm):
             return module
@@ -154,10 +180,10 @@ def sync_batch_norms(module: nn.Module) -> nn.Module:
 
 
 def learns(model: nn.Module) -> bool:
-    """Whether there is anything to train by gradient."""
+    """Return whether the model has parameters that are trained by gradient descent."""
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of weights."""
+    """Return the number of the model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Train, evaluate and write one run; shared by all commands that train."""
+"""Train and evaluate one run and write its files, for all commands that train."""
 
 from __future__ import annotations
 
@@ -38,9 +38,16 @@ _log = logging.getLogger("kd")
 def summary_of(
     results: Results, data: Dataset, metric: Evaluator, model: nn.Module, steps: int
 ) -> dict[str, Any]:
-    """Content of `summary.json`: metrics of the model and of references such as the class prior.
+    """Return the content of `summary.json`.
 
-    `metric` holds the predictions on `data`'s val split; `model` is without adapters.
+    It has the metrics of the model and of references such as the class prior.
+
+    Args:
+        results: Metrics and tables of the run's problem.
+        data: The dataset.
+        metric: Evaluator that has the predictions on the val split.
+        model: The exported model, without adapters.
+        steps: Number of training steps.
     """
     records = metric.records()
     return {
@@ -54,16 +61,16 @@ def summary_of(
 
 @dataclass
 class RunSetup:
-    """Everything that a run needs besides its objective.
+    """Everything that a run needs apart from its model, objective and loader.
 
     Args:
         folder: Run folder.
         accelerator: Devices and processes.
-        data: The dataset; metrics are those of its val split.
-        train: Settings of the loop.
-        seed: Seed of dropout and other randomness outside the data.
+        data: The dataset; metrics are computed on its val split.
+        train: Training settings of the recipe.
+        seed: Seed of dropout and of all other randomness but that of the samples.
         label: Name of the run in progress lines.
-        teacher: Teacher whose predictions are drawn beside the model's.
+        teacher: Teacher whose predictions figures show beside the model's; None: no teacher.
     """
 
     folder: RunFolder
@@ -82,9 +89,19 @@ class RunSetup:
 def run_training(
     run: RunSetup, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
-    """Train, or resume training, then evaluate and write the results; return the summary.
+    """Train, or resume training, then evaluate the model and write the results.
 
-    A non-finite loss, a checkpoint that does not fit or a full disk is a UserError.
+    Args:
+        run: The run.
+        model: An `AdaptedStudent`.
+        objective: The losses to minimise.
+        loader: Batches of the train split.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UserError: A loss is not finite, the checkpoint to resume does not fit, or the disk is full.
     """
     if not learns(model):
         # Baselines of counts were fitted before; they are only evaluated and written.
@@ -123,7 +140,7 @@ def _train(
     tracker: Tracker,
     steps: int,
 ) -> float:
-    """Run `fit` with evaluations between epochs; return the seconds of training alone."""
+    """Run `fit` with evaluations between epochs; return the seconds spent without evaluation."""
     train, folder = run.train, run.folder
     main = run.accelerator.is_main_process
     evaluating = 0.0
@@ -158,7 +175,7 @@ def _train(
 
 
 def _evaluation_missing(run: RunSetup, training: Training) -> bool:
-    """Whether an earlier start ended between an epoch's checkpoint and its evaluation."""
+    """Return whether the interrupted run saved the end of an epoch but did not evaluate it."""
     place = training.progress
     missing = [place.batch == 0 and place.epoch > 0]
     if missing[0] and run.accelerator.is_main_process:
@@ -211,7 +228,10 @@ def _drawn(run: RunSetup, training: Training, task: Task) -> Iterator[Figure]:
 
 
 def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
-    """The val split in batches; images of different sizes one at a time."""
+    """Return a loader of the val split; images of different sizes come one at a time.
+
+    `batch_size` is the number of images per batch, over all processes.
+    """
     samples = data.problem.evaluation(data)
     processes = accelerator.num_processes
     each = samples.together(max(1, batch_size // processes))
@@ -232,7 +252,7 @@ def _evaluate(
 
 
 def print_summary(title: str, summary: Mapping[str, Any], results: Results) -> None:
-    """Print the metrics of a run beside those of references such as the class prior."""
+    """Print a table with the metrics of a run, and of references such as the class prior."""
     titles = {"": "model", "prior_": "prior", "observers_": "other observers",
               "ceiling_": "exact posterior", "chance_": "chance"}  # fmt: skip
     columns = [c for c in titles if not c or any(name.startswith(c) for name in summary)]
