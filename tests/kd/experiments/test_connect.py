@@ -154,6 +154,7 @@ def test_a_critic_is_drawn_for_the_teachers_channels_and_anew_each_time(
         assert not list(model.losses.parameters())  # a critic has an optimiser of its own
         (critic,) = modules_of(made, trained="critic").values()
         drawn.append(torch.cat([p.detach().flatten() for p in critic.parameters()]))
-        assert critic.critic.num_classes == 16  # type: ignore[union-attr]
+        first = next(m for m in critic.modules() if isinstance(m, nn.Conv2d))
+        assert first.in_channels == 16 + 3  # channels of the feature maps, and the image
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

@@ -165,7 +165,8 @@ def test_a_layer_that_a_teacher_lacks_is_said_to_be_its(
     scenes: list[str], small_teacher: Path, finder: Path, tmp_path: Path
 ) -> None:
     said = refusal(scenes, small_teacher, tmp_path, "imitation", "data.size=32")
-    assert said.startswith(f"teacher {small_teacher} (cnn, task context): unknown layer ")
+    teacher = f"teacher {small_teacher} (cnn, task context)"
+    assert said.startswith(f"losses: near_0: {teacher}: unknown layer ")
     assert "'network.backbone.0'" in said
     assert "for teacher.name fasterrcnn_resnet50: use a run of that kind" in said
     three = 'levels=["0", "1", "2"]'
