@@ -19,8 +19,9 @@ Sample = dict[str, Tensor]
 # Keys whose tensors have a row per object; a batch concatenates them and stacks all others.
 _ROWS = ("boxes", "labels", "object_ids", "area_fractions", "usable", "hide_fraction", "segments",
          "also_hidden", "crowds", "hidden")  # fmt: skip
-_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}  # added key: image index of each row of
-_POINTERS = {"hidden": "labels"}  # the first key contains row indices into the second
+# Key added to a batch -> the key for each of whose rows it has the index of the image.
+_OWNERS = {"image_of": "labels", "crowd_of": "crowds"}
+_POINTERS = {"hidden": "labels"}  # key that contains row indices -> the key that they index
 
 
 def collate(samples: Sequence[Sample]) -> Sample:

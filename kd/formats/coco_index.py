@@ -260,7 +260,7 @@ def _is_fresh(folder: Path, annotation_file: Path) -> bool:
         return False
     if meta["json_mtime_ns"] == stat.st_mtime_ns:
         return True
-    with annotation_file.open("rb") as file:  # another time alone may mean that the file was copied
+    with annotation_file.open("rb") as file:  # another time may only mean that the file was copied
         if hashlib.file_digest(file, "sha256").hexdigest() != meta["sha256"]:
             return False
     try:
