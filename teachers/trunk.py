@@ -103,8 +103,7 @@ def trunk(
             then has a loss `visible`.
         frozen: "all", or the path of the last step of the trunk to freeze.
         batch_norm_frozen: Whether to freeze all batch norms of the trunk.
-        remember: Whether to cache the outputs of a frozen trunk in memory, for images without
-            augmentation.
+        remember: Whether to cache a frozen trunk's outputs in memory; not with augmentation.
         stride: Largest stride of the trunk's output, see `kd.nn.trunk.build_trunk`.
 
     Raises:
