@@ -62,7 +62,7 @@ class Cost:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`: teacher, plain, or distilled in any way."""
+        """Kind of model, one of `KINDS`: teacher, plain, or any distilled variant."""
         return self.variant if self.variant in (PLAIN, TEACHER) else "distilled"
 
 
@@ -155,7 +155,7 @@ def _measure(run: Run, model: Model, *, teacher: bool) -> dict[str, Any]:
 
 
 def cost_table(costs: Sequence[Cost]) -> Table:
-    """The numbers of `cost_figure`, by multiply-adds."""
+    """Tabulate the values of `cost_figure`, in order of multiply-adds."""
     lines = []
     for cost in sorted(costs, key=lambda cost: cost.multiply_adds):
         height, width = cost.sides
@@ -199,7 +199,7 @@ def cost_figure(costs: Sequence[Cost]) -> Figure:
 
 
 def _mark(kind: str, colour: str, shape: str, x: float = 0.0, y: float = 0.0) -> Line2D:
-    """A marker; plain students are hollow."""
+    """Draw the marker of a network; plain students are hollow."""
     return Line2D(
         [x], [y], linestyle="", zorder=3, marker=shape, markersize=11 if shape == "*" else 6,
         color=colour, markeredgewidth=1.4, markerfacecolor="white" if kind == PLAIN else colour,
@@ -209,7 +209,7 @@ def _mark(kind: str, colour: str, shape: str, x: float = 0.0, y: float = 0.0) ->
 def _panel(
     axes: Axes, costs: Sequence[Cost], field: str, looks: dict[str, tuple[str, str]]
 ) -> None:
-    """Draw markers and arrows."""
+    """Draw one panel: a marker for each model at its cost, and arrows from plain to distilled."""
     clean(axes)
     axes.set_xscale("log")
     at = {cost: (float(getattr(cost, field)), 100 * cost.mean_iou) for cost in costs}

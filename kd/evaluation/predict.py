@@ -94,7 +94,7 @@ class Predictions:
 
     @property
     def of_training(self) -> bool:
-        """Whether training has written these predictions to the run's own folder."""
+        """Whether these are the predictions that training wrote to the run's own folder."""
         return self.folder.name == FOLDER
 
     def save(self) -> None:
@@ -212,7 +212,8 @@ def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
         data_name: The dataset; None if all runs have the same.
 
     Raises:
-        UserError: Runs of different datasets and no name, or no run was evaluated on it.
+        UserError: The runs are of different datasets and `data_name` is None, or none has
+            predictions.
     """
     own = [_data_name(run) for run in runs]
     if data_name is None:
@@ -290,7 +291,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _is_teacher(config: Mapping[str, Any]) -> bool:
-    """Whether a config is a teacher's: others name a teacher's run, but not its options."""
+    """Whether a config is a teacher's: only there `teacher` has options of a model."""
     return {"name", "options"} <= set(config.get("teacher", ()))
 
 

@@ -31,7 +31,7 @@ _EVENTS = "events.out.tfevents.*"  # of an earlier evaluation
 def write_evaluation(
     folder: Path, evaluation: Evaluation, *, step: int = 0, images: Iterable[Figure] = ()
 ) -> None:
-    """Write `table.md`, `metrics.json`, a PNG for each figure, and the same for TensorBoard.
+    """Write `table.md`, `metrics.json`, a PNG for each figure, and TensorBoard events of them.
 
     Args:
         folder: Created if missing; an earlier evaluation in it is replaced.

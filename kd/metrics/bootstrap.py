@@ -56,11 +56,11 @@ def paired_bootstrap(
     Efron and Tibshirani, 1993, chapter 13; both runs get the same whole images (clusters).
 
     Args:
-        a: (K,) contribution of each object in the first run: correct or not, or its NLL.
+        a: (K,) value of each object in the first run: 1 if it is correct, or its NLL.
         b: (K,) the same objects in the second run.
         groups: (K,) image of each object.
-        classes: (K,) labels: take the mean over classes of class means; a class that a resample
-            lacks is left out of it.
+        classes: (K,) labels: average the means of the classes; classes that a resample lacks are
+            ignored.
 
     Returns:
         The observed difference and its bounds, NaN where all objects are of one image.
@@ -85,11 +85,11 @@ def paired_bootstrap(
 def drawn_again(
     number: Callable[[NDArray[np.float64]], NDArray[np.float64]], images: int
 ) -> Interval:
-    """95 % percentile interval of a number that can be computed from weights of the images.
+    """95 % percentile interval of a metric that is a function of the images' weights.
 
     Args:
-        number: Maps weights (R, images), how often each image was drawn, to numbers (R,); NaN, such
-            as for a resample that lacks a class, is left out.
+        number: Function from weights (R, images), how often each image was drawn, to the metric
+            (R,). NaN values, as of a resample that lacks a class, are ignored.
         images: Number of images; with fewer than two the bounds are NaN.
     """
     mean = float(number(np.ones((1, images)))[0])
@@ -102,7 +102,7 @@ def drawn_again(
 def percentiles(
     mean: float, drawn: NDArray[np.floating[Any]], *, centred: bool = False
 ) -> Interval:
-    """An observed number with 95 % percentile bounds from its resamples (R,), NaN left out.
+    """An observed value with 95 % percentile bounds from its resamples (R,) that are not NaN.
 
     `centred` subtracts the resamples' bias from the bounds: average precision is larger where
     images repeat and rare classes are absent.
@@ -124,7 +124,7 @@ def bootstrap(values: Array, groups: Array, *, classes: Array | None = None) -> 
 def _per_image(
     groups: Array, classes: Array | None, runs: Sequence[Array]
 ) -> tuple[Array, list[Array]]:
-    """Number of objects of each image and class, and the sums of each run's values over them."""
+    """Number of objects per image and class, and the sum of each run's values over them."""
     images, group = np.unique(groups, return_inverse=True)
     columns, cell = np.unique(
         np.zeros(len(groups)) if classes is None else classes, return_inverse=True

@@ -101,7 +101,7 @@ def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
 
 
 def prior_records(records: Records) -> Records | None:
-    """The same objects with the class prior as every prediction; None where it is unknown."""
+    """Copy the records with the class prior as every prediction; None if the prior is unknown."""
     if "prior" not in records:
         return None
     log_prior = np.log(records["prior"].astype(np.float64))
@@ -178,12 +178,12 @@ def bin_title(kind: str, name: str) -> str:
 
 
 def measure(records: Records, name: str) -> Array | None:
-    """Contribution of each object to the metric `name`, (K,); None where no object counts for it.
+    """Value of each object in the mean `name`, (K,); None if no object counts for it.
 
-    NaN where an object does not count.
+    Objects that do not count have NaN.
 
     Raises:
-        UserError: An unknown metric, or one that is no mean over objects (`ece`).
+        UserError: The metric is unknown, or is not a mean over objects (`ece`).
     """
     if matched := re.fullmatch(r"top([1-9]\d*)", name):
         n = int(matched[1])

@@ -71,7 +71,7 @@ def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
 
 
 def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> Floats:
-    """Weighted number of detections up to and including given ones, (n, R).
+    """Weighted number of detections up to and including each of the given ones, (n, R).
 
     Args:
         counted: (D,) detections that count.
@@ -166,7 +166,7 @@ class Boxes:
     crowd: Bools
 
     def __len__(self) -> int:
-        """K."""
+        """Number of boxes, K."""
         return len(self.image)
 
 
@@ -275,13 +275,13 @@ class MeanAP:
         return result
 
     def _columns(self, weights: Array | None) -> Floats:
-        """Weights as (I, R)."""
+        """Return weights as columns, (I, R); None means that each image counts once."""
         weights = np.ones((1, self.images)) if weights is None else np.asarray(weights)
         dtype = np.float32 if weights.dtype == np.float32 else np.float64
         return np.ascontiguousarray(weights.T, dtype=dtype)
 
     def _by_class(self, order: Ints) -> Iterator[tuple[int, Ints]]:
-        """Each class with its detections in falling order of score."""
+        """Yield each class with the indices of its detections in falling order of score."""
         labels = self.found.label[order]
         by_class = np.argsort(labels, kind="stable")
         bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
@@ -343,7 +343,7 @@ class MeanAP:
 
 
 def summary(averages: Floats) -> dict[str, Floats]:
-    """COCO's numbers by name, (R,) each, from `MeanAP.average`; NaN without objects."""
+    """COCO's summary metrics by name, (R,) each, from `MeanAP.average`; NaN without objects."""
     ranges = list(AREAS)[: averages.shape[1]]
     found = {}
     for name, (area, threshold) in SUMMARY.items():
@@ -357,7 +357,7 @@ def summary(averages: Floats) -> dict[str, Floats]:
 
 
 def mean_of_known(values: Floats, *, axis: int | tuple[int, ...] = -1) -> Floats:
-    """Mean of the values that are not NaN, such as AP over the classes with objects; else NaN."""
+    """Mean of the values that are not NaN, as of AP over classes with objects; NaN if all are."""
     known = ~np.isnan(values)
     total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

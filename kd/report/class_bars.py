@@ -30,11 +30,11 @@ def bars(
 
     Args:
         axes: Where to draw.
-        belief: (C,) probabilities.
+        belief: Predicted probabilities, (C,).
         names: C names.
         top: Number of bars.
         truth: Name of the true class; without it all bars are coloured.
-        usual: (C,) fractions of the classes in the dataset, marked on the bars.
+        usual: Class prior, (C,), which is marked on the bars.
         digits: Decimal places of the percentages.
     """
     order = np.argsort(-belief, kind="stable")[:top]

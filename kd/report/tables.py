@@ -44,13 +44,13 @@ class Scorer(Protocol):
         """The declaration of a metric."""
 
     def value(self, records: Records, name: str) -> float | None:
-        """A metric; None if no row counts for it. Raises `UserError` for an unknown one."""
+        """Value of a metric, None if no row counts for it; raise a UserError if it is unknown."""
 
     def interval(self, records: Records, name: str) -> Interval | None:
         """A metric with its 95 % interval over images, or None."""
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric minus a twin's on the same images; NaN bounds if unknown."""
+        """A metric minus that of a paired run on the same images; unknown bounds are NaN."""
 
     def references(self, records: Records) -> Mapping[str, Records]:
         """Reference predictions on the same rows, by name."""
@@ -387,10 +387,11 @@ def transfer_table(
     *,
     title: str = "Transfer",
 ) -> Table:
-    """Tabulate means over seeds, and differences from the first start with t intervals over seeds.
+    """Tabulate means over seeds, and differences from the first row with t intervals over seeds.
 
     Args:
-        numbers: (mode, start) -> summaries, one per seed; the entries of a mode are adjacent.
+        numbers: Maps (mode, start), such as ("probe", "random"), to summaries, one per seed.
+            Entries of a mode are adjacent; `start` names the initial weights of the trunk.
         seeds: The seeds.
         title: Above the table.
     """
