@@ -151,7 +151,7 @@ def nearest(name: str, names: Iterable[str], *, count: int = 3) -> list[str]:
 
 
 def look_up(catalog: Mapping[str, T], name: str, *, what: str) -> T:
-    """Value of a plain dict; the `UserError` of an unknown name lists all, the nearest first."""
+    """Return `catalog[name]`, or raise a UserError that lists all names, the nearest first."""
     if name in catalog:
         return catalog[name]
     raise UserError(f"unknown {what} {name!r}{all_names(name, catalog)}")

@@ -16,7 +16,7 @@ from kd.config.recipes import TransferRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Probe and fine-tune from every start for every seed, then print the table."""
+    """Train from each kind of initial weights with each seed, then print the table."""
     parser = recipe_parser(
         "python -m kd.transfer",
         "transfer",

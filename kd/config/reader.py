@@ -100,10 +100,10 @@ def source_name(path: Path) -> str:
 
 
 def find_config(kind: str, name: str) -> Path:
-    """Path of configs/KIND/NAME.yaml; a dataset of your own is the path of its file, `mine.yaml`.
+    """Path of configs/KIND/NAME.yaml; `name` may be the path of your own dataset's file.
 
     Raises:
-        ConfigError: An unknown name; lists all names.
+        ConfigError: The name is unknown; the message lists all names.
     """
     if kind == "data" and name.endswith((".yaml", ".yml")):
         return Path(name)

@@ -48,7 +48,7 @@ class SoftTargets(Section):
     )
 
     def stride_of(self, *, layer: bool) -> int:
-        """Stride in pixels of the cached maps that crops are taken from: layers or score maps."""
+        """Stride of cached maps for crops, pixels: that of layers if `layer`, else of score maps."""
         return self.stride if layer or self.score_stride is None else self.score_stride
 
 
@@ -313,7 +313,7 @@ class DistillRecipe(Recipe):
 
     @property
     def teachers(self) -> dict[str, TeacherReference]:
-        """All teachers by name; the recipe's `teacher` is ""."""
+        """All teachers by name; the key of the recipe's own `teacher` is ""."""
         return {"": self.teacher, **self.more_teachers}
 
     def caches(self, teacher: str) -> bool:

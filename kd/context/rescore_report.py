@@ -128,7 +128,7 @@ def curves_of(meter: MeanAP, known: Evidence, fitted: Sequence[Setting]) -> dict
 
 
 def rule_name(alone: float | None) -> str:
-    """Name of a rule in tables and figures."""
+    """Name in tables and figures of the rescoring rule with this `alone`, see `Setting`."""
     return "plain" if alone is None else f"competing, b = {alone:g}"
 
 

@@ -21,7 +21,7 @@ DECODED_FIRST = 2000  # splits up to this size are decoded before training, in t
 
 
 class AnnotatedSection(Protocol):
-    """A config's data section; each split is a COCO JSON, or a split's name in another layout."""
+    """A data section; a split is a COCO JSON and its images or, in other layouts, a name."""
 
     @property
     def name(self) -> str: ...

@@ -206,7 +206,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 def config_differences(old: Any, new: Any, place: str = "") -> list[str]:
     """List the differences between two resolved configs.
 
-    Each line has the dotted key, the value in the older config (`there`) and the value `now`.
+    Each line has a dotted key, the value in `old` after "there" and that in `new` after "now".
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: list[str] = []

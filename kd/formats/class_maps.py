@@ -59,10 +59,11 @@ class ClassMaps:
         Args:
             image: Index of the image in `index`.
             plan: Augmentation of the image.
-            size: Height and width of the image before augmentation; its long side is the maps'.
+            size: Height and width of the image before augmentation, at the scale of the maps.
 
         Returns:
-            (size, size) uint8, or int16 for 256 or more classes; 0 in the padding.
+            Square map of the training size, uint8, or int16 for 256 or more classes; 0 in the
+            padding.
         """
         ids = self.index.image_ids[image : image + 1].astype(np.int64)
         own = scaled_size(*self.index.size_of(image), self.size)
@@ -72,7 +73,7 @@ class ClassMaps:
         return pad(plan.masks(stored), self.size)[0]
 
     def _draw(self) -> None:
-        """Draw missing, outdated and corrupt maps."""
+        """Draw the maps that are missing, and redraw those that are outdated or corrupt."""
         store, index = self.store, self.index
         manifest = store.manifest()
         per_shard = max(1, SHARD_BYTES // (self.size**2 * _dtype(index).itemsize))

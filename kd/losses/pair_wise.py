@@ -115,7 +115,7 @@ def _pooled(
 
 
 def _summed(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of affinities, summed over all images, by the form with fewer products."""
+    """Sum the squared errors of affinities over all images, in the form with fewer products."""
     channels = student.shape[1], teacher.shape[1]
     across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
     if across < student.shape[2] * sum(channels):

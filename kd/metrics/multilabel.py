@@ -21,8 +21,9 @@ Array = NDArray[Any]
 def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
     """Area under the precision-recall curve, without interpolation.
 
-    The sum over distinct scores of the recall gained there times the precision. Images of equal
-    score are ranked together, so that a constant score gets the fraction of images with the class.
+    For each distinct score, the gain in recall is multiplied by the precision; the result is the
+    sum. Images with equal scores are ranked together, so that a constant score gets the fraction
+    of images with the class.
 
     Args:
         scores: (N,), higher is likelier.

@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
         Args:
             scenes: Index of the scene that each object or query belongs to, (M,), in any order.
-            count: Lower bound of N, because the last scenes may have no object.
+            count: Least number of scenes; needed if the last scenes may have no object.
         """
         counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0

@@ -172,7 +172,7 @@ class ImagesView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Whole images; raise a UserError if their sizes differ and maps are not resized."""
+        """Return the samples, whole images; images of different sizes need a common `grid`."""
         samples = self.data.whole(self.split, size=self.size, only=images)
         if not samples.alike and self.grid is None:
             raise UserError(

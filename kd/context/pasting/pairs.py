@@ -250,6 +250,6 @@ def _cycles(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
 
 
 def _gain(excess: Floats, jitter: Floats) -> Floats:
-    """Value of a lift that exceeds the margin by `excess`; minus infinity below the margin."""
+    """Score lifts by their `excess` over the margin plus `jitter`; -inf below the margin."""
     with np.errstate(invalid="ignore"):
         return np.where(excess >= 0, np.minimum(excess, _EXTREME) + jitter, -np.inf)

@@ -41,8 +41,8 @@ class SeamAUC(NamedTuple):
 def seam_features(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
     """Describe the edge of an object, `mask` (H, W), relative to its image (H, W, 3): (F,).
 
-    The first `RING` features describe the ring around the outline as a whole, the others bands
-    that follow the outline exactly.
+    The first `RING` features describe the whole ring around the outline, the others describe
+    narrow bands that follow the outline.
     """
     pixels = image.astype(np.float64)
     grey = pixels.mean(axis=2)

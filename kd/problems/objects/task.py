@@ -74,7 +74,7 @@ class SceneLabels(ObjectTask):
     pos_weight: float = 1.0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images (N, 3, H, W) and regions (N, 5), each the image without padding."""
+        """Normalised images (N, 3, H, W), and each image's unpadded part as its region, (N, 5)."""
         height, width = batch["sizes"].to(torch.float32).unbind(dim=1)
         zero = torch.zeros_like(width)
         rows = torch.arange(len(width), device=width.device, dtype=torch.float32)

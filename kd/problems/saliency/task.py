@@ -67,9 +67,9 @@ class Saliency(Task):
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Densities at the size of the files, (N, 1, H, W) float32.
+        """Densities at the size of the image files, (N, 1, H, W) float32.
 
-        Expects evaluation samples: no padding, and files of one size in each batch.
+        Expects evaluation samples: no padding, and image files of one size in each batch.
         """
         height, width = batch["own_sizes"][0].tolist()
         # Converted, because probabilities of large maps are too small for half precision.
