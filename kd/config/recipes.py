@@ -48,7 +48,7 @@ class SoftTargets(Section):
     )
 
     def stride_of(self, *, layer: bool) -> int:
-        """Stride of cached maps for crops, pixels: that of layers if `layer`, else of score maps."""
+        """Stride of cached maps, pixels: that of layers if `layer`, else that of score maps."""
         return self.stride if layer or self.score_stride is None else self.score_stride
 
 
