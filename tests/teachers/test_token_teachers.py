@@ -197,7 +197,7 @@ def test_the_readers_can_be_tapped_for_each_hidden_object() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"annotations": False}, "nothing to read"),
+        ({"annotations": False}, "there is no input; set annotations to true"),
         ({"pixels": "voxels"}, "option 'pixels' must be 'patches'"),
         ({"dense": True}, "dense needs pixels: patches"),
         ({"heads": 3}, "heads 3 must divide width 16"),

@@ -228,7 +228,7 @@ def test_images_of_different_sizes_want_a_live_teacher(tmp_path: Path) -> None:
     write_split(tmp_path / "maps", "train", [SIZE, (40, 64)])
     write_split(tmp_path / "maps", "val", [SIZE])
     data = open_maps(section(tmp_path / "maps"))
-    with pytest.raises(UserError, match=r"^maps: images of different sizes .*kind=live$"):
+    with pytest.raises(UserError, match=r"^maps: the images have different sizes.*kind=live$"):
         open_cache(
             teacher_of(data, tmp_path),
             data,

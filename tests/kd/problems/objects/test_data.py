@@ -104,5 +104,7 @@ def test_prepared_copies_are_found_by_split(data: ObjectsDataset, tmp_path: Path
 
 
 def test_a_detector_needs_images(data: ObjectsDataset) -> None:
-    with pytest.raises(UserError, match=r"scenes: data\.images is false, but detectors need"):
+    with pytest.raises(
+        UserError, match=r"scenes: detectors need images, but data\.images is false"
+    ):
         boxes(changed(data, images=False), 0)

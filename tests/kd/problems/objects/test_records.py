@@ -34,7 +34,7 @@ def test_other_predictions_are_put_in_order_of_the_objects() -> None:
         ([5, 9], 2, "posterior: no prediction for object 7; was it made on another dataset?"),
         ([5, 7], 2, "posterior: no prediction for object 9; was it made on another dataset?"),
         ([], 2, "posterior: no prediction for object 5; was it made on another dataset?"),
-        ([5, 7, 9], 3, r"posterior: \(3, 3\) for 3 objects of 2 classes"),
+        ([5, 7, 9], 3, r"posterior: log_probs has shape \(3, 3\) for 3 objects and 2 classes"),
     ],
 )
 def test_an_object_without_an_answer_is_named(ids: list[int], classes: int, said: str) -> None:

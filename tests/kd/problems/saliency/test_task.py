@@ -86,7 +86,7 @@ def test_whole_images_count_their_pixels_without_padding() -> None:
 
 
 def test_its_metric_needs_fixations() -> None:
-    with pytest.raises(UserError, match="maps: has no fixations"):
+    with pytest.raises(UserError, match="maps: the dataset has no fixations"):
         Saliency().metric(Classes(("saliency",), where="maps"))
 
     class Nobody:
