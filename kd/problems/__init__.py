@@ -1,4 +1,4 @@
-"""Problems by name; importing this module does not import torch."""
+"""The registry of problems, importable without torch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PROBLEMS = {
 
 
 def specs() -> list[ProblemSpec]:
-    """All registered problems, in the order of `PROBLEMS`."""
+    """Return all registered problems in the order of `PROBLEMS`."""
     return [entry.load() for entry in PROBLEMS.values()]
 
 
 def tasks() -> dict[str, Entry]:
-    """The tasks of all problems by name."""
+    """Return the tasks of all problems by name."""
     return {name: task for spec in specs() for name, task in spec.tasks.items()}
 
 
 def spec_of_task(name: str) -> ProblemSpec:
-    """The spec of the problem that a task belongs to.
+    """Return the spec of the problem that a task belongs to.
 
     Args:
         name: A registered task, or a custom problem as `package.module:SPEC`.
 
     Raises:
-        UserError: There is no such task; the message lists the known ones.
+        UserError: The task is unknown; the message lists the registered ones.
     """
     for spec in specs():
         if name in spec.tasks:
@@ -50,32 +50,27 @@ def spec_of_task(name: str) -> ProblemSpec:
 
 
 def problem(name: str) -> Problem[Any]:
-    """Import one of `PROBLEMS` by name."""
+    """Import a registered problem by name."""
     found: Problem[Any] = PROBLEMS[name].load().load()
     return found
 
 
 def problem_of_task(name: str) -> Problem[Any]:
-    """Import the problem that a task belongs to; see `spec_of_task` for arguments and errors."""
+    """Import the problem that a task belongs to. Same argument and errors as `spec_of_task`."""
     found: Problem[Any] = spec_of_task(name).load()
     return found
 
 
 def problem_of_data(section: object) -> Problem[Any]:
-    """Import the first problem whose data sections have the type of `section`."""
+    """Import the first problem whose data section has the type of `section`."""
     found: Problem[Any] = next(spec for spec in specs() if spec.data is type(section)).load()
     return found
 
 
 def problem_with(ability: str, spec: ProblemSpec, *, where: str) -> ProblemSpec:
-    """Return `spec` if it supports `ability`; otherwise raise a UserError.
+    """Return `spec` if it supports `ability`, one of `ProblemSpec.abilities`.
 
-    The message names the problems that support the ability, each with an example dataset.
-
-    Args:
-        ability: An optional feature, see `ProblemSpec.abilities`.
-        spec: The problem to check.
-        where: Prefix of the error message: the user's input, such as "camvid".
+    Otherwise raise a UserError that names problems that do. `where` is the prefix of its message.
     """
     if ability in spec.abilities:
         return spec

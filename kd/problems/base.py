@@ -1,6 +1,6 @@
 """Interfaces of problems, datasets, tasks and metrics.
 
-A batch is a dict of tensors, `images` (N, 3, H, W) among them; `docs/batch.md` lists its keys.
+A batch is a dict of tensors that includes `images` (N, 3, H, W); `docs/batch.md` lists all keys.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ from teachers import TEACHERS
 
 Batch = Mapping[str, Tensor]
 Output = Mapping[str, Tensor]
-# Computes a mask's weights (K, h, w) from the height and width of a feature map.
+# Maps the height and width of a feature map to a mask's weights (K, h, w).
 Mask = Callable[[tuple[int, int]], Tensor]
 
-KNOWN = "known"  # unit of means over the boxes that have cached teacher outputs
+KNOWN = "known"  # unit of means over boxes with cached teacher outputs
 
 
 class Mean(NamedTuple):
-    """A scalar mean and the unit it was taken over.
+    """A scalar mean and the unit it averages over, such as images.
 
-    Processes and micro-batches hold unequal numbers of units, so their means are weighted by count.
+    Ranks and micro-batches differ in the number of units, so callers weight each mean by its count.
 
     Attributes:
         value: The mean.
-        unit: A key of `Task.counts`, such as `images`.
-        judged: What a critic trains on after the student's step: the student's map, the teacher's
-            map and the images, all detached.
+        unit: A key of `Task.counts`.
+        judged: Detached training inputs of a critic: student map, teacher map and images.
     """
 
     value: Tensor
@@ -55,21 +54,22 @@ class Mean(NamedTuple):
     judged: tuple[Tensor, ...] = ()
 
     def detach(self) -> Mean:
-        """Detach the value from its graph."""
+        """Return a copy whose value is detached from the graph."""
         return self._replace(value=self.value.detach())
 
 
 class Classes(NamedTuple):
-    """Classes and ground truth of a dataset, for its metric.
+    """Class names, class statistics and ground truth of a dataset, for its metric.
 
     Attributes:
         names: C class names.
         prior: Class fractions of the train objects, (C,).
         confusable: For each of the C classes, the name of its group of confusable classes, or None.
-        visible: Maps image ids (K,) to the number of other objects in each image, (K,).
+        visible: Maps image ids (K,) to the number of objects in each image besides the hidden one,
+            (K,).
         where: Prefix of error messages.
-        truth: Returns the val split's ground truth, in the form that the problem's metric takes;
-            None if the batches contain the whole ground truth.
+        truth: Returns the val split's ground truth in the metric's format; None if batches contain
+            it.
     """
 
     names: Sequence[str]
@@ -84,35 +84,35 @@ class Collector(Protocol):
     """Collects decoded predictions over batches and ranks."""
 
     def take(self, decoded: Tensor, batch: Batch) -> None:
-        """Add a batch's predictions, as `Task.decode` returns them."""
+        """Add the predictions of a batch, as `Task.decode` returns them."""
 
     def gather(self) -> None:
-        """Merge the predictions of all ranks; every rank must call it."""
+        """Merge the predictions of all ranks. Every rank must call this."""
 
 
 class Evaluator(Collector, Protocol):
     """A collector that also scores the collected predictions."""
 
     def compute(self) -> dict[str, float]:
-        """All metrics by name; metrics that are fractions are in 0..1."""
+        """Compute all metrics by name. Fractions are in 0..1, not in percent."""
 
     def records(self) -> Mapping[str, NDArray[Any]]:
-        """The arrays of `predictions.npz`."""
+        """Return the arrays to store in `predictions.npz`."""
 
     def save_predictions(self, path: Path) -> None:
         """Write predictions and ground truth as an .npz file."""
 
 
 class Rows(NamedTuple):
-    """Meaning of the rows of a batch's outputs; by default, each row is an image.
+    """Describe the rows of a batch's outputs. By default, each row is an image.
 
     Attributes:
-        unit: `images`, `hidden` (objects) or `boxes`, a key of a task's counts.
-        images: Index in the batch of each row's image, (R,) int64; None: row n is image n.
-        labels: Class of each row, (R,) int64, -1 where unlabelled.
-        ids: Keys of the cached teacher outputs, (R,) int64.
-        hidden: Whether the teacher gets one input per row, in which the row's object is hidden.
-            Then the teacher's feature maps have these rows too, and every row has an output.
+        unit: What a row is: `images`, `hidden` (objects) or `boxes`. A key of `Task.counts`.
+        images: Batch index of each row's image, (R,) int64; None if row n is image n.
+        labels: Class of each row, (R,) int64, -1 if unlabelled.
+        ids: Cache keys of the rows' teacher outputs, (R,) int64.
+        hidden: True if the teacher gets one input per row, with that row's object hidden. Teacher
+            feature maps then have R rows too, and no row lacks a teacher output.
     """
 
     unit: str = "images"
@@ -123,16 +123,16 @@ class Rows(NamedTuple):
 
     @property
     def partial(self) -> bool:
-        """Whether rows without a teacher output are allowed."""
+        """True if some rows may lack a teacher output."""
         return self.images is not None and not self.hidden
 
 
 class ReadsOutputs(Protocol):
-    """The part of a distillation term that tasks read.
+    """The attributes of a distillation term that tasks use.
 
     Attributes:
-        student: Name of the student output or layer that the term reads.
-        mask_value: Parameter of the term's mask, such as `psi`; None if it has none.
+        student: Name of the student output or layer that the term uses.
+        mask_value: Parameter of the term's mask, such as `psi`; None if the mask has no parameter.
     """
 
     @property
@@ -142,14 +142,15 @@ class ReadsOutputs(Protocol):
 
 
 class Task(Protocol):
-    """Inputs, losses and decoding of one kind of problem; frozen, without a model.
+    """Inputs, losses and decoding of one kind of problem. Tasks are frozen and hold no model.
 
-    The default implementations fit tasks whose output has one row per image.
+    The default methods are for outputs with one row per image.
 
     Attributes:
-        outputs: Names of model outputs that terms may read; any other name is a layer path.
-        class_scores: Names of the outputs whose dimension 1 is the classes.
-        mask_names: Names of the masks that terms may use.
+        outputs: Names of model outputs that distillation terms may use. Other names are layer
+            paths.
+        class_scores: Names of outputs with the classes in dimension 1.
+        mask_names: Names of masks that distillation terms may use.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits",)
@@ -158,25 +159,25 @@ class Task(Protocol):
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Positional arguments of the model's `forward`."""
+        """Return the positional arguments of the model's `forward`."""
 
     @abstractmethod
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Supervised losses by name, unweighted."""
+        """Compute the unweighted supervised losses by name."""
 
     @abstractmethod
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Predictions for the evaluator, for most tasks log-probabilities of the rows, (R, C)."""
+        """Return predictions for the evaluator, usually log-probabilities of the rows, (R, C)."""
 
     @abstractmethod
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the evaluator that collects and scores the task's predictions."""
+        """Build the evaluator of the task's predictions."""
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Named masks for distillation; the first dimension matches the teacher's input batch.
+        """Return masks by name; dimension 0 matches the teacher's input batch.
 
-        `valid` is boolean and true for the grid cells where student and teacher can be compared,
-        such as the cells inside the images.
+        `valid` is boolean: true for grid cells that students and teachers can be compared on, such
+        as cells inside the images.
         """
         return {}
 
@@ -187,16 +188,14 @@ class Task(Protocol):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count each unit in a batch, before any model runs.
+        """Count the units in a batch, before any model runs.
 
-        The means of micro-batches and processes are weighted by these counts to get the mean of the
-        whole batch.
+        Counts are the weights for combining the means of micro-batches and ranks.
 
         Args:
             batch: The batch, on its device.
-            units: Further units to count: names of masks that terms average over, `valid`, or
-                `frame` (all grid cells).
-            masks: The result of `masks(batch)`, if it was computed already.
+            units: Additional units to count: mask names, `valid`, or `frame` (all grid cells).
+            masks: The result of `masks(batch)`, if already computed.
         """
         size = (batch["images"].shape[-2], batch["images"].shape[-1])
         found = self.masks(batch) if masks is None else masks
@@ -207,15 +206,15 @@ class Task(Protocol):
         return {"images": full_count(batch, "images"), **counts}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Unit of a mean over the grid cells that a mask selects; the mask `frame` selects all."""
+        """Return the unit of a mean over a mask's grid cells. The mask `frame` covers all cells."""
         return self.rows(batch).unit if mask == "frame" else mask
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Self:
-        """Return the task with the masks and outputs that these distillation terms need."""
+        """Return a task that provides the masks and outputs that these distillation terms need."""
         return self
 
     def for_teaching(self, outputs: Collection[str]) -> Self:
-        """Return the task for a live teacher from which terms read only these outputs or layers."""
+        """Return a task for a live teacher of which only these outputs or layers are used."""
         return self
 
 
@@ -224,15 +223,14 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Options of the training samples of a dataset.
+    """Options for the training samples of a dataset.
 
     Attributes:
         seed: Random seed, at least 0.
-        epochs: Number of epochs of the training, for schedules.
+        epochs: Number of training epochs, for schedules.
         images: Ids of the images to sample; None: all.
         labelled: Ids of the images whose labels may be used; None: all.
-        hide: Whether a sample hides one random object of its image or each in turn; used only by
-            problems that hide objects.
+        hide: Hide `one` random object of each image or `all` in turn. Ignored by other problems.
         cached: Cached teacher outputs to add to the samples.
     """
 
@@ -246,11 +244,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Dataset(ABC):
-    """A dataset whose files were found and checked.
-
-    Attributes:
-        section: The recipe's data section.
-    """
+    """A dataset whose files were located and checked. `section` is the recipe's data section."""
 
     section: DatasetSection
 
@@ -270,12 +264,12 @@ class Dataset(ABC):
         return len(self.class_names)
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student with this seed may use; None: all."""
+        """Return ids of the train images whose labels this seed's student may use; None: all."""
         return None
 
     @abstractmethod
     def class_info(self) -> Classes:
-        """Classes and ground truth for the metric."""
+        """Return class names, class statistics and ground truth for the metric."""
 
 
 S = TypeVar("S")
@@ -283,7 +277,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class SplitDataset(Dataset, Generic[S]):
-    """A dataset with an index of images and annotations for each split."""
+    """A dataset with one index of images and annotations per split."""
 
     train: S
     val: S
@@ -294,15 +288,7 @@ class SplitDataset(Dataset, Generic[S]):
 
 
 class Teacher(Protocol):
-    """A trained teacher.
-
-    Attributes:
-        folder: Folder of the teacher's run.
-        problem: The problem that the teacher was trained on.
-        section: The data section of the teacher's recipe.
-        model: The frozen network.
-        task: The teacher's task, for inputs and decoding.
-    """
+    """A trained teacher: run folder, problem, data section of its recipe, frozen model and task."""
 
     @property
     def folder(self) -> Path: ...
@@ -317,16 +303,15 @@ class Teacher(Protocol):
 
 
 class TeacherView(Protocol):
-    """A split prepared as teacher input, from which a cache of the teacher's outputs is built.
+    """A split as teacher input, used to cache the teacher's outputs.
 
-    Each row of the teacher's output becomes a record of the cache.
+    The cache stores one record for each row of the teacher's output.
 
     Attributes:
-        data: The dataset.
-        unit: `objects` or `images`: whether a record belongs to an object or to an image.
+        unit: What a record belongs to: `objects` or `images`.
         image_ids: Ids of the images with records, (I,).
         records_per_image: Average number of records per image.
-        provenance: Dataset and transform that cached outputs depend on, for the cache's manifest.
+        provenance: Dataset and transform that the outputs depend on, for the cache's manifest.
         grid: Height and width that score maps are resized to; None if all have the same shape.
     """
 
@@ -344,16 +329,16 @@ class TeacherView(Protocol):
     def grid(self) -> tuple[int, int] | None: ...
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Samples of all images, or of the images with these ids."""
+        """Return samples of all images, or of the images with these ids."""
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids of a batch's records, (R,), and for each record its image's index in the batch."""
+        """Return the record ids of a batch, (R,), and the batch index of each record's image."""
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """Mirror the batch's images left to right, each within its own size."""
+        """Mirror the batch's images left to right, leaving their padding in place."""
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Augmented training samples; cached maps are flipped, shifted and scaled like the images.
+        """Return augmented training samples with cached maps transformed like the images.
 
         Raises:
             UserError: The problem does not support this.
@@ -364,23 +349,24 @@ D = TypeVar("D", bound=Dataset)
 
 
 class Problem(ABC, Generic[D]):
-    """A kind of data and everything that depends on it, one for each folder of `kd.problems`.
+    """A kind of data, with its datasets, models, tasks and metrics.
 
-    Methods for abilities that a problem may lack raise a `UserError` unless they are overridden.
+    Methods for optional features raise a `UserError` unless a subclass overrides them.
 
     Attributes:
-        spec: Name, data section and tasks, without torch.
+        spec: Name, data section and tasks, importable without torch.
         teacher_output: Name of the teacher output that is cached in addition to layers.
-        cached_splits: Splits that `kd.cache` stores by default.
-        hides_objects: Whether teachers predict the class of a hidden object: then their posteriors
-            are always cached, and they can be queried about the context of any region.
-        task_needs_student: Whether a student's task depends on its network, e.g. on the strides of
-            its feature pyramid.
-        some_posteriors: Whether students see all objects at once while a context teacher hides each
-            in turn: then posteriors are cached, possibly only of some objects, and all other
-            outputs come from live teachers.
+        cached_splits: Splits that `kd.cache` caches by default.
+        hides_objects: Whether teachers predict the class of a hidden object. If so, their
+            posteriors are always cached, and they can be queried about the context of any region.
+        task_needs_student: Whether a student's task depends on its network, e.g. on pyramid
+            strides.
+        some_posteriors: Whether the student sees all objects at once but its context teacher hides
+            one at a time. If so, posteriors are cached (some may be missing), all other outputs
+            computed live.
         moves_cached_maps: Whether cached maps can be transformed like augmented images.
-        transferred: Name of the student whose trunk comes from a teacher's run, "" if none does.
+        transferred: Name of the student that uses the trunk of a teacher's run; "" if there is
+            none.
         results_type: Class of the objects that `results` returns.
     """
 
@@ -398,7 +384,7 @@ class Problem(ABC, Generic[D]):
 
     @abstractmethod
     def open(self, section: Any) -> D:
-        """Open both splits of a dataset and check them.
+        """Open and check both splits of a dataset.
 
         Raises:
             UserError: Files are missing, corrupt, or in another format.
@@ -409,62 +395,52 @@ class Problem(ABC, Generic[D]):
         return self.open(section).class_names
 
     def train_annotations(self, section: Any) -> Path | None:
-        """The COCO JSON of the train split, if there is one."""
+        """Return the path of the train split's COCO JSON, if it has one."""
         return None
 
     @abstractmethod
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> Samples:
-        """Samples of the train split.
-
-        Args:
-            data: The dataset.
-            sampling: Options.
-            task: The task that is trained, if its losses need further entries in the batch.
-        """
+        """Return samples of the train split, with any extra batch entries that the task needs."""
 
     @abstractmethod
     def evaluation(self, data: D, split: Split = "val") -> Samples:
-        """Samples of a split for evaluation, without augmentation."""
+        """Return samples of a split without augmentation."""
 
     def folds(self, data: D, count: int) -> list[NDArray[np.int64]]:
-        """For each of `count` folds, the ids of the train images outside of the fold."""
+        """For each of `count` folds, return the ids of the train images outside the fold."""
         raise UserError(
-            f"folds: only for teachers of hidden objects; this dataset has {self.spec.help}"
+            f"folds: only context teachers support folds; this dataset contains {self.spec.help}"
         )
 
     def cached_data(self, data: D) -> Dataset:
-        """The dataset on which teachers run to cache outputs for this problem's students."""
+        """Return the dataset on which teachers run to cache outputs for this problem's students."""
         return data
 
     def object_ids(self, data: D) -> NDArray[np.int64]:
-        """Annotation ids of the train objects, which identify cached posteriors."""
+        """Return the annotation ids of the train objects, the keys of cached posteriors."""
         raise UserError(
-            f"{data.section.name}: posteriors belong to objects, not to {self.spec.help}"
+            f"{data.section.name}: posteriors need objects; this dataset contains {self.spec.help}"
         )
 
     def teacher_view(
         self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """A split as the teacher's input for caching.
+        """Prepare a split as teacher input for caching.
 
-        Args:
-            teacher: The teacher.
-            data: The dataset.
-            split: Train or val.
-            size: Long side of the images in pixels; None: as in the teacher's training.
+        `size` is the long side of the images in pixels; None: the size used to train the teacher.
 
         Raises:
             UserError: The problem does not support caching, or not at this size.
         """
         raise UserError(
-            f"{data.section.name}: outputs for {self.spec.help} cannot be cached; set "
+            f"{data.section.name}: teacher outputs for {self.spec.help} cannot be cached; set "
             "soft_targets.kind=live"
         )
 
     # Models
 
     def build_teacher(self, model: Model, num_classes: int) -> nn.Module:
-        """Build a teacher by name, with random weights unless its options name pretrained ones."""
+        """Build a teacher, with random weights unless its options specify pretrained ones."""
         teacher: nn.Module = build(
             TEACHERS, model.name, model.options, what="teacher", num_classes=num_classes
         )
@@ -478,10 +454,10 @@ class Problem(ABC, Generic[D]):
 
         Args:
             model: Name and options.
-            data: The dataset that the student is trained on.
+            data: The dataset to train on.
             labelled: Ids of the images whose labels the student may use; None: all.
-            context: False builds the student without a context head, whatever its options are.
-            outputs: Outputs and layers that the variant's distillation terms read.
+            context: If False, build no context head, even if the options ask for one.
+            outputs: Student outputs and layers that distillation terms use.
         """
         return self.named_student(model.name, model.options, num_classes=data.num_classes)
 
@@ -490,22 +466,22 @@ class Problem(ABC, Generic[D]):
 
         Args:
             name: A registered name, or `package.module:attribute`.
-            options: Options of the recipe, checked against the builder's parameters.
-            given: Arguments computed from the dataset, passed if the builder takes them.
+            options: Options from the recipe, checked against the builder's parameters.
+            given: Arguments computed from the dataset, passed on if the builder accepts them.
 
         Raises:
-            UserError: The name is unknown or a student of another problem, or an option is wrong.
+            UserError: The name is unknown or belongs to another problem, or an option is invalid.
         """
         check_problem(STUDENTS, name, self.spec.name, what="student")
         student: nn.Module = build(STUDENTS, name, options, what="student", **given)
         return student
 
     def resolve_student(self, model: Model) -> Model:
-        """Replace references to other runs in a recipe's student section by what they refer to."""
+        """Replace references to other runs in a student section by the content they refer to."""
         return model
 
     def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
-        """Fit a model that is estimated from counts; leave models that are trained unchanged."""
+        """Fit a model that is estimated from counts; leave all other models unchanged."""
 
     # Task
 
@@ -523,9 +499,9 @@ class Problem(ABC, Generic[D]):
         Args:
             section: Name and options.
             data: The dataset's section.
-            num_classes: C.
-            model: The network, whose attributes (such as its pyramid's levels) set options.
-            fractions: Result of `class_fractions`; needed to compute losses with class weights.
+            num_classes: Number of classes, C.
+            model: The network. Some of its attributes, such as pyramid levels, set task options.
+            fractions: Result of `class_fractions`, required for losses with class weights.
 
         Raises:
             UserError: The task or one of its options is unknown.
@@ -544,52 +520,52 @@ class Problem(ABC, Generic[D]):
         return task
 
     def task_options(self, data: Any) -> dict[str, Any]:
-        """Options of the task that the dataset's section sets."""
+        """Return the task options that the data section determines."""
         return {}
 
     def class_fractions(
         self, section: TaskSection, data: D, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions of the train images with these ids, or of all, for class weights."""
+        """Compute class fractions, for class weights, of these train images (None: all)."""
         return {}
 
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of the output channels of a teacher with classes `names`.
+        """Name the output channels of a teacher with the classes `names`.
 
-        `others` are the class names of the dataset that the teacher's outputs are compared on.
+        `others` are the class names of the dataset on which the teacher's outputs are compared.
         """
         return tuple(names)
 
     # Results
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Scores, tables and figures of a task's predictions; `metrics` are custom ones by name."""
+        """Return scores, tables and figures for a task. `metrics` are custom metrics by name."""
         return self.results_type(metrics or {})
 
 
 def full_count(batch: Batch, name: str) -> Tensor:
-    """The number of rows of a batch's entry, as a scalar on the batch's device."""
-    # Created on the device, because a copy to the GPU would wait for all pending work.
+    """Return the length of a batch entry as a scalar tensor on the batch's device."""
+    # Create the tensor on the device, because a copy to the GPU would wait for pending work.
     return torch.full((), float(len(batch[name])), device=batch["images"].device)
 
 
 def named(output: Tensor | Output) -> dict[str, Tensor]:
-    """Return a model's raw output as a dict; a single tensor gets the name `logits`."""
+    """Return a model's raw output as a dict. A single tensor gets the name `logits`."""
     return {"logits": output} if isinstance(output, Tensor) else dict(output)
 
 
 def cached_masks(masks: Mapping[str, Mask]) -> dict[str, Mask]:
-    """Wrap masks so that each is computed only once per grid."""
+    """Wrap masks so that each is computed only once per grid size."""
     return {name: functools.cache(mask) for name, mask in masks.items()}
 
 
 def stride_of(pixels: int, places: int) -> int:
-    """Stride of a feature map with `places` cells along a side of `pixels` pixels.
+    """Return the stride of a feature map with `places` cells along a side of `pixels` pixels.
 
-    The stride is the power of two for which `pixels / stride`, rounded up, equals `places`; if none
-    does, the one that fits when rounded down, as in VGG and DenseNet.
+    The stride is the power of two for which `pixels / stride`, rounded up, equals `places`. If
+    there is none, round down instead, as VGG and DenseNet do.
     """
     strides = [1 << power for power in range(pixels.bit_length() + 1)]
     up = [stride for stride in strides if -(-pixels // stride) == places]

@@ -1,4 +1,4 @@
-"""Checked access to datasets with hidden objects and their teachers, outside of `kd.problems`."""
+"""Type-checked access to datasets with hidden objects and to context teachers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ ObjectScenes: TypeAlias = ObjectsDataset
 
 
 def object_scenes(data: Dataset) -> ObjectScenes:
-    """Return the dataset if objects can be hidden in it; otherwise raise a UserError."""
+    """Return the dataset if its objects can be hidden; otherwise raise a UserError."""
     if not data.problem.hides_objects:
-        raise UserError(
-            f"{data.section.name}: this is data of {data.problem.spec.name}; expected objects "
-            "with boxes"
-        )
+        name = data.problem.spec.name
+        raise UserError(f"{data.section.name}: this is data of {name}; expected data of objects")
     return cast("ObjectScenes", data)
 
 
 def hidden_objects(teacher: Teacher) -> ObjectsSection:
-    """Return the data section of a context teacher; raise a UserError for other teachers."""
+    """Return a context teacher's data section; raise a UserError for any other teacher."""
     if not teacher.problem.hides_objects:
-        raise UserError(
-            f"{teacher.folder}: trained for {teacher.problem.spec.name}; expected a context teacher"
-        )
+        name = teacher.problem.spec.name
+        raise UserError(f"{teacher.folder}: this is a {name} teacher; expected a context teacher")
     return cast("ObjectsSection", teacher.section)
 
 
 def context_task(teacher: Teacher) -> ContextTask:
-    """Return the task of a context teacher; raise a UserError for other teachers."""
+    """Return a context teacher's task; raise a UserError for any other teacher."""
     hidden_objects(teacher)
     return cast("ContextTask", teacher.task)

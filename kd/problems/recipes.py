@@ -1,7 +1,7 @@
 """Read recipes and data sections with the schema of their problem, without importing torch.
 
-In the schemas of `kd.config`, a recipe's `data` is any `DatasetSection`. Here it becomes the data
-section of the problem that the recipe's task belongs to.
+The schemas in `kd.config` accept any `DatasetSection` as `data`. This module replaces it by the
+data section of the problem that the recipe's task belongs to.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Recipe = TypeVar("Recipe", bound=AnyRecipe)
 
 @functools.cache
 def bound(model: type[Recipe], section: Any) -> type[Recipe]:
-    """Return the recipe schema `model` with the type of `data` replaced by `section`."""
+    """Return the recipe schema `model` with `section` as the type of its key `data`."""
     return create_model(model.__name__, __base__=model, __doc__=model.__doc__, data=(section, ...))
 
 
 def load_recipe(
     model: type[Recipe], path: Path, *, data: str | None = None, settings: Iterable[str] = ()
 ) -> Recipe:
-    """Read and check a recipe; see `kd.config.reader.merge_recipe` for the arguments.
+    """Read and check a recipe. Same arguments as `kd.config.reader.merge_recipe`.
 
     Raises:
-        ConfigError: The recipe has mistakes; the message has one line for each.
+        ConfigError: The recipe has errors; the message has one line for each.
     """
     return _checked(model, merge_recipe(path, data=data, settings=settings))
 
@@ -55,7 +55,7 @@ def load_recipe(
 def recipe_from(
     model: type[Recipe], values: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> Recipe:
-    """Read a run's or checkpoint's resolved recipe, with optional `a.b=value` settings."""
+    """Read the resolved recipe of a run or checkpoint, with optional `a.b=value` settings."""
     merged = Merged()
     merged.merge(values, source)
     apply_settings(merged, settings)
@@ -63,21 +63,21 @@ def recipe_from(
 
 
 def recipe_schema(model: type[Recipe]) -> dict[str, Any]:
-    """The JSON schema of a recipe file, with the data sections of every problem that it fits."""
+    """Return a recipe's JSON schema, which allows the data sections of all suitable problems."""
     fitting: list[Any] = [one.data for one in specs() if model.needs in ("", *one.abilities)]
     return file_schema(bound(model, functools.reduce(operator.or_, dict.fromkeys(fitting))))
 
 
 def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> DatasetSection:
-    """Read a dataset's section, for commands without a recipe.
+    """Read a data section, for commands without a recipe.
 
     Args:
         name: Name of a file in configs/data, or path of a YAML file.
-        settings: `a.b=value` texts; a prefix `data.`, as in a recipe, is allowed.
-        needs: An ability that the dataset's problem must have, see `ProblemSpec.abilities`.
+        settings: `a.b=value` texts, with or without the prefix `data.`.
+        needs: One of `ProblemSpec.abilities` that the dataset's problem must have.
 
     Raises:
-        ConfigError: The section has mistakes; the message has one line for each.
+        ConfigError: The section has errors; the message has one line for each.
         UserError: The problem lacks the ability.
     """
     path = find_config("data", name)
@@ -93,7 +93,7 @@ def data_config(name: str, settings: Iterable[str] = (), *, needs: str = "") -> 
 def section_from(
     config: Mapping[str, Any], source: str, settings: Iterable[str] = ()
 ) -> DatasetSection:
-    """Read the data section of a run's config; see `data_config` for `settings`."""
+    """Read the data section of a run's config. Same `settings` as `data_config`."""
     merged = Merged()
     merged.merge(config["data"], source)
     apply_settings(merged, settings, section="data")
@@ -101,14 +101,14 @@ def section_from(
 
 
 def spec_of_config(config: Mapping[str, Any]) -> ProblemSpec:
-    """The problem of the config's task, or without a task the one whose data section fits best."""
+    """Return the problem of the config's task; if there is no task, guess from the data section."""
     task = config.get("task")
     name = task.get("name") if isinstance(task, Mapping) else None
     return spec_of_task(name) if isinstance(name, str) else spec_of_data(config.get("data"))
 
 
 def spec_of_data(values: Any) -> ProblemSpec:
-    """The registered problem whose data section these values fit with the fewest mistakes."""
+    """Return the registered problem whose data schema these values violate least often."""
     return min(specs(), key=lambda spec: len(_mistakes(spec.data, values)))
 
 
@@ -146,7 +146,7 @@ def _checked(model: type[Recipe], merged: Merged) -> Recipe:
 
 
 def teacher_recipe(config: Mapping[str, Any], source: Path) -> TeacherRecipe:
-    """Read the recipe of a teacher's run; raise a UserError if it is a student's run."""
+    """Read the recipe of a teacher's run; raise a UserError for a student's run."""
     if "student" in config:
         raise UserError(f"{source}: this is a student's run; expected a teacher's run")
     return recipe_from(TeacherRecipe, config, str(source))

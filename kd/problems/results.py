@@ -1,4 +1,4 @@
-"""Results of a task: checks, scores, comparisons, tables and figures of its predictions."""
+"""Checks, scores, tables and figures of a task's predictions."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from kd.report.tables import Scored, Table, run_table, score, side_by_side_table
 class Results(ABC):
     """Checks, scores, tables and figures of the predictions of one kind of task.
 
-    `our_value`, `our_interval` and `our_difference` compute the metrics of `kd.metrics.registry`;
-    `value`, `interval` and `difference` compute these and custom metrics.
+    "Records" are the arrays of `predictions.npz`. Methods whose names begin with `our_` compute
+    registered metrics; `value`, `interval` and `difference` also compute custom ones.
 
     Attributes:
-        own_metrics: Custom metrics, written by the user, by name.
+        own_metrics: The user's custom metrics, by name.
         evaluation_type: Class that makes the tables and figures.
-        things: Plural noun for what is scored, such as "objects", for messages and titles.
-        ids: Name of the records' array of ids; rows are sorted by it.
-        not_by_id: Names of the arrays that do not have one row per id.
+        things: Plural noun for the scored items, such as "objects", for messages and titles.
+        ids: Name of the array of ids in the records; rows are sorted by it.
+        not_by_id: Names of arrays that do not have one row per id.
         our_rows: Registered metrics that tables list by default.
-        our_bounded: Registered metrics with intervals in tables of several runs.
+        our_bounded: Registered metrics that have intervals in tables of several runs.
         image_name: File name of figures of single images, without number and suffix.
-        drawn_in_training: Whether images are drawn at the end of a training run.
-        cost_metric: Name of the metric that is plotted against the cost of networks; None: no plot.
-        drawn_from: Whether figures of several runs on the same images need the models or only the
-            records; None: there are no such figures.
+        drawn_in_training: Whether a training run draws images at its end.
+        cost_metric: Metric to plot against the cost of networks; None: no plot.
+        drawn_from: Whether figures that compare runs on images need the models or only the records;
+            None: there are no such figures.
     """
 
     own_metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -64,58 +64,57 @@ class Results(ABC):
 
     @abstractmethod
     def check(self, records: Records, where: str) -> None:
-        """Raise a `UserError` if arrays are missing or malformed; `where` begins its message."""
+        """Raise a `UserError` with the prefix `where` if arrays are missing or malformed."""
 
     @abstractmethod
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Raise a `UserError` if ground truths of the same ids differ; `pair` names both runs."""
+        """Raise a `UserError` if the ground truth of two runs differs. `pair` names both runs."""
 
     def check_same(self, records: Records, other: Records, pair: str) -> None:
-        """Raise a `UserError` if ids or ground truths differ; `pair` names both runs."""
+        """Raise a `UserError` if ids or ground truth of two runs differ. `pair` names both runs."""
         ids, others = records[self.ids], other[self.ids]
         if not np.array_equal(ids, others):
             common = len(np.intersect1d(ids, others))
             raise UserError(
                 f"{pair} scored different {self.things} ({len(ids)} and {len(others)}, {common} in "
-                "both): the dataset, split or range of object sizes differs; evaluate both on the "
-                "same data"
+                "both): dataset, split or size limits differ; evaluate both on the same data"
             )
         self.check_same_truth(records, other, pair)
 
     def named(self, records: Records, names: Sequence[str] | None) -> Records:
-        """Add the class names to the records, if `not_by_id` lists an array `names`."""
+        """Add class names to the records if this kind of task stores an array `names`."""
         wanted = names is not None and "names" in self.not_by_id
         return {**records, "names": np.array(names)} if wanted else records
 
     def about(self, records: Records) -> str:
-        """The number of scored objects or images in words, for titles."""
+        """Return the number of scored items in words, for titles."""
         return f"{len(records[self.ids])} {self.things}"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Reference predictions by name, computed from the records alone."""
+        """Compute reference predictions by name from the records alone."""
         return {}
 
     def notes(self, records: Records) -> Sequence[str]:
-        """Notes below tables that explain the `references`."""
+        """Return notes that explain the `references` below tables."""
         return ()
 
     # Metrics
 
     @abstractmethod
     def our_value(self, records: Records, name: str) -> float | None:
-        """Value of a registered metric; None if it is undefined for these records."""
+        """Return the value of a registered metric; None if these records do not define it."""
 
     @abstractmethod
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """A registered metric with its 95 % bootstrap interval over images, if available."""
+        """Return a registered metric with a 95 % bootstrap interval over images, if available."""
 
     @abstractmethod
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A registered metric minus that of `twin`, with NaN bounds if they are unknown."""
+        """Return a registered metric minus that of the run `twin`; unknown bounds are NaN."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of the metrics that tables list by default: registered, then custom ones."""
+        """Names of the metrics that tables list by default: registered, then custom."""
         return (*self.our_rows, *self.own_metrics)
 
     @property
@@ -124,11 +123,11 @@ class Results(ABC):
         return (*self.our_bounded, *self.own_metrics)
 
     def metric(self, name: str) -> Metric:
-        """Declaration of a registered or custom metric."""
+        """Return the declaration of a registered or custom metric."""
         return metric_named(name, self.own_metrics)
 
     def value(self, records: Records, name: str) -> float | None:
-        """Value of a metric; None if it is undefined. Raise a UserError for unknown names."""
+        """Return the value of a metric; None if undefined. Raise a UserError if it is unknown."""
         if name not in self.own_metrics:
             return self.our_value(records, name)
         values = self._per_item(records, name)
@@ -136,7 +135,7 @@ class Results(ABC):
         return float(values[there].mean()) if there.any() else None
 
     def interval(self, records: Records, name: str) -> Interval | None:
-        """A metric with its 95 % bootstrap interval over images, if available."""
+        """Return a metric with a 95 % bootstrap interval over images, if available."""
         if name not in self.own_metrics:
             return self.our_interval(records, name)
         values = self._per_item(records, name)
@@ -144,7 +143,7 @@ class Results(ABC):
         return bootstrap(values[there], records["image_ids"][there]) if there.any() else None
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric minus that of `twin` on the same images; NaN bounds if they are unknown."""
+        """Return a metric minus that of `twin` on the same images; unknown bounds are NaN."""
         if name not in self.own_metrics:
             return self.our_difference(records, twin, name)
         after, before = (self._per_item(one, name) for one in (records, twin))
@@ -152,13 +151,13 @@ class Results(ABC):
         return paired_bootstrap(before[both], after[both], records["image_ids"][both])
 
     def own_values(self, records: Records) -> dict[str, float]:
-        """Values of the custom metrics by name, without undefined ones."""
+        """Return the values of the custom metrics by name, leaving out undefined ones."""
         found = {name: self.value(records, name) for name in self.own_metrics}
         return {name: number for name, number in found.items() if number is not None}
 
     def _per_item(self, records: Records, name: str) -> NDArray[np.float64]:
         per_item = self.own_metrics[name].per_item
-        assert per_item is not None  # because `load_metrics` has checked it
+        assert per_item is not None  # checked by `load_metrics`
         values, count = np.asarray(per_item(records), np.float64), len(records[self.ids])
         if values.shape != (count,):
             raise UserError(
@@ -169,30 +168,25 @@ class Results(ABC):
 
     def read_file(self, annotations: Path, results: Path) -> Records:
         """Read a results file in COCO's format; raise a UserError for tasks without boxes."""
-        raise UserError(
-            f"{results}: a results file contains boxes, but this task scores {self.things}"
-        )
+        raise UserError(f"{results}: results files contain boxes; this task scores {self.things}")
 
     # Reports
 
     def summary(self, data: Any, records: Records) -> dict[str, float]:
-        """Metrics of references for `summary.json`, such as `prior_<metric>`."""
+        """Return metrics of reference predictions for `summary.json`, such as `prior_<metric>`."""
         return {}
 
     def evaluation(
         self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], Any] | None = None,
     ) -> Evaluation:  # fmt: skip
-        """Tables and figures of one or several runs.
+        """Make tables and figures of one or several runs on the same val split.
 
         Args:
             title: Title of the first table.
-            runs: Name of each run -> its records, all of the same val split.
-            section: The dataset's section as plain values.
-            opened: Function that opens the dataset; None for results files.
-
-        Raises:
-            UserError: The predictions belong to another dataset.
+            runs: Records of each run by name.
+            section: The data section as plain values.
+            opened: Opens the dataset; None for results files.
         """
         known = self.references(next(iter(runs.values())))
         return self.evaluation_type(self, title, section, runs, known, opened)
@@ -204,7 +198,7 @@ class Results(ABC):
     def training_figures(
         self, data: Any, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Figures to log at the end of a run, each with its TensorBoard tag."""
+        """Yield (TensorBoard tag, figure) to log at the end of a training run."""
         return iter(())
 
     # Images
@@ -213,50 +207,45 @@ class Results(ABC):
         self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
         count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw at most `count` val images, spread over the split, with each model's predictions.
+        """Draw the models' predictions on at most `count` val images, spread over the split.
 
         Args:
             data: The opened dataset.
-            predictors: Name -> model, in the order of the panels.
-            runs: Name -> records of the same models, if available.
-            count: Largest number of images.
-            accelerator: Device and precision.
+            predictors: Models by name, in the order of the panels.
+            runs: Records of these models by name, if available.
+            count: Maximum number of images.
+            accelerator: Provides device and precision.
         """
         return iter(())
 
     def draw_training(
         self, data: Any, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw inputs of the distillation terms, such as their masks; yield (name, figure)."""
+        """Yield (name, figure) of what distillation terms use, such as their masks."""
         return iter(())
 
     # Networks
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Wrap a model to average its outputs over scales and mirrored images.
-
-        Raise a UserError if the task does not support this.
-        """
-        raise UserError(
-            f"--scales and --flip are only for label maps; this model predicts {self.things}"
-        )
+        """Wrap a model to average its outputs over image scales and mirrored images."""
+        raise UserError(f"--scales and --flip need label maps; this task scores {self.things}")
 
     def usual_size(self, data: Any) -> tuple[int, int]:
-        """Most frequent height and width of val images, for measuring the cost of networks."""
-        raise UserError(f"--cost is only for label maps; this model predicts {self.things}")
+        """Return the most frequent (H, W) of val images, used to measure the cost of networks."""
+        raise UserError(f"--cost needs label maps; this task scores {self.things}")
 
 
 @dataclass(frozen=True)
 class Evaluation(ABC):
-    """Tables, figures and numbers of one or several runs on the same val split.
+    """Tables, figures and metrics of one or several runs on the same val split.
 
     Args:
         results: Computes the metrics.
         title: Title of the first table.
-        data: The dataset's section as plain values, for `metrics.json`.
-        runs: Name of each run -> its records.
-        references: Name of each reference -> its records.
-        opened: Function that opens the dataset; None if the records contain all that is needed.
+        data: The data section as plain values, for `metrics.json`.
+        runs: Records of each run by name.
+        references: Records of each reference by name.
+        opened: Opens the dataset; None if the records are sufficient.
     """
 
     results: Results
@@ -294,11 +283,11 @@ class Evaluation(ABC):
         ]
 
     def notes(self) -> Sequence[str]:
-        """Notes below the first table."""
+        """Return the notes below the first table."""
         return self.results.notes(self.first)
 
     def summary_tables(self) -> list[Table]:
-        """Tables to print in the terminal."""
+        """Return the tables to print in the terminal."""
         about = (self.results, self.scored, self.title, self.notes())
         if len(self.runs) == 1:
             return [run_table(*about)]
@@ -306,22 +295,22 @@ class Evaluation(ABC):
 
     @abstractmethod
     def class_table(self) -> Table:
-        """Table with a row for each class, or for some images where there are no classes."""
+        """Return a table with one row per class, or per sampled image if there are no classes."""
 
     def all_tables(self) -> list[Table]:
-        """Tables to write to `table.md`."""
+        """Return the tables to write to `table.md`."""
         return [*self.summary_tables(), self.class_table()]
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Yield the name and the figure for each figure."""
+        """Yield (name, figure) pairs."""
         return iter(())
 
     def details(self, name: str) -> dict[str, Any]:
-        """Further values of the run or reference called `name`, for `metrics.json`."""
+        """Return additional values for `metrics.json` of the run or reference called `name`."""
         return {}
 
     def numbers(self) -> dict[str, Any]:
-        """Contents of the tables in full precision, for `metrics.json`."""
+        """Return the content of the tables at full precision, for `metrics.json`."""
         found: dict[str, Any] = {
             "title": self.title,
             "data": dict(self.data),
@@ -334,13 +323,13 @@ class Evaluation(ABC):
 
 
 class Decoder(Protocol):
-    """The part of `kd.problems.base.Task` that drawing needs."""
+    """The methods of `kd.problems.base.Task` that drawing needs."""
 
     def inputs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """Positional arguments of the model's `forward`."""
+        """Return the positional arguments of the model's `forward`."""
 
     def decode(self, output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """Predictions from the model's outputs."""
+        """Return predictions computed from the model's outputs."""
 
 
 @dataclass(frozen=True)
@@ -349,8 +338,8 @@ class Predictor:
 
     Args:
         model: An `AdaptedStudent`, on the device.
-        task: The model's task, for inputs and decoding.
-        size: Size of the model's input images, as the dataset's samples take it; None: each file's.
+        task: The model's task, which provides inputs and decoding.
+        size: Input size, as the dataset's samples take it; None: the size of each image file.
     """
 
     model: nn.Module
@@ -359,7 +348,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, sample: Sample, accelerator: Accelerator) -> Tensor:
-        """Predict a batch and return the decoded prediction of its first row, on the CPU."""
+        """Return the decoded prediction for the first row of a batch, on the CPU."""
         batch = to_device(sample, accelerator.device, channels_last=False)
         with evaluating(self.model), accelerator.autocast():
             output, _ = self.model(*self.task.inputs(batch))
@@ -367,6 +356,6 @@ class Predictor:
 
 
 def spread(count: int, images: int) -> list[int]:
-    """Positions of at most `count` images, spread evenly over a split of `images` images."""
+    """Return at most `count` evenly spaced image positions in a split of `images` images."""
     count = min(count, images)
     return [number * images // count for number in range(count)]

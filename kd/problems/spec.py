@@ -1,4 +1,4 @@
-"""A problem's data section, tasks and implementation, described without importing torch."""
+"""Description of a problem: its data section, tasks and implementation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class LayoutSection(DatasetSection):
 
     Attributes:
         layouts_of: Name of the problem whose layouts in `kd.formats.LAYOUTS` are allowed.
-        annotated: The layout whose splits are given as paths of COCO-format annotations and images.
+        annotated: The layout that takes paths of COCO annotations and images instead of split
+            names.
     """
 
     layouts_of: ClassVar[str]
@@ -46,18 +47,18 @@ class LayoutSection(DatasetSection):
 
 @dataclass(frozen=True)
 class ProblemSpec:
-    """A kind of problem, described without importing torch.
+    """A problem's data section, tasks and implementation, importable without torch.
 
     Attributes:
         name: Key of `kd.problems.PROBLEMS`.
-        help: Content of the problem's datasets, for messages: "label maps".
+        help: What its datasets contain, for messages, such as "label maps".
         data: Schema of a recipe's `data` section.
         tasks: Tasks by name, for a recipe's `task.name`.
-        implementation: "package.module:attribute" of the `Problem` object.
-        example: Name of a dataset in configs/data that fits the problem, for messages.
-        abilities: Optional features that the problem supports: "folds" (out-of-fold teachers),
-            "transfer" (trunks for `kd.transfer`), "context" (queries about hidden objects),
-            "results_files" (results of other models in COCO's format).
+        implementation: `package.module:attribute` of the `Problem` object.
+        example: Name of a suitable dataset in configs/data, for messages.
+        abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
+            `kd.transfer`), "context" (queries about hidden objects), "results_files" (COCO
+            results).
     """
 
     name: str
@@ -69,7 +70,7 @@ class ProblemSpec:
     abilities: frozenset[str] = frozenset()
 
     def task(self, name: str) -> Entry:
-        """Return the task called `name`; for a custom `package.module:SPEC`, the first task."""
+        """Return a task by name; for a custom `package.module:SPEC`, return the first task."""
         if is_foreign(name):
             return next(iter(self.tasks.values()))
         return look_up(self.tasks, name, what="task")

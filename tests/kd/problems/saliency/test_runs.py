@@ -263,7 +263,7 @@ def test_mistakes_are_one_line(
         "task saliency needs data of saliency, such as --data scenes_gaze": (
             distill.main, [*command, "--teacher", str(teacher)]
         ),
-        "--flip are only for label maps; this model predicts images with fixations": (
+        "--flip need label maps; this task scores images with fixations": (
             evaluate.main, [str(teacher), "--flip"]
         ),
     }  # fmt: skip

@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(
     objects = tmp_path / "objects"
     shutil.copytree(small_teacher, objects, ignore=shutil.ignore_patterns("fold*", "cache"))
     mistakes = {
-        "--flip are only for label maps; this model predicts objects": [str(objects), "--flip"],
+        "--flip need label maps; this task scores objects": [str(objects), "--flip"],
         "numbers are needed, such as 0.75,1,1.25": [str(teacher), "--scales", "1;2"],
         "scales must be above 0, got -1": [str(teacher), "--scales", "1,-1"],
         "--all reads stored predictions": ["--all", str(teacher), "--flip"],
