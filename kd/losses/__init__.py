@@ -1,6 +1,6 @@
-"""Losses as functions of the student's tensor and the teacher's tensor that return a scalar mean.
+"""Loss functions that compare a student's tensor with a teacher's and return a scalar mean.
 
-All raise `UserError` if shapes, dtypes or devices do not fit, or if an option is out of range.
+All raise `UserError` if shapes, dtypes or devices do not match, or if an option is out of range.
 """
 
 from kd.losses.imitation import anchor_grid, hint, imitation, imitation_mask

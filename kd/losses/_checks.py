@@ -1,7 +1,7 @@
-"""Argument checks of the losses; error messages state the expected and the actual value.
+"""Check the arguments of loss functions: shapes, dtypes, devices and options.
 
-The checks never read the values of tensors, which would synchronise with the accelerator in every
-step. Values that are not finite make the loss not finite, which stops the training.
+The checks do not read tensor values, because that would synchronise with the accelerator at every
+step. NaN or infinite inputs make the loss non-finite, and training then stops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kd.errors import UserError
 
 
 def check_pair(loss: str, student: Tensor, teacher: Tensor, *, dimensions: int) -> None:
-    """Check that student and teacher agree in shape and device and are floating point."""
+    """Check that student and teacher have the same shape and device, and are floating point."""
     check_shapes(loss, student, teacher, dimensions=dimensions)
     check_floating(loss, student=student, teacher=teacher)
     check_device(loss, student=student, teacher=teacher)
@@ -29,7 +29,7 @@ def check_shapes(
     dimensions: int,
     names: tuple[str, str] = ("student", "teacher"),
 ) -> None:
-    """Check that two tensors have the same shape, with the given number of dimensions."""
+    """Check that two tensors have the same shape and the given number of dimensions."""
     if first.ndim != dimensions:
         raise UserError(
             f"{loss}: expected {dimensions} dimensions, got {names[0]} {tuple(first.shape)}"
@@ -42,7 +42,7 @@ def check_shapes(
 
 
 def check_floating(loss: str, **tensors: Tensor) -> None:
-    """Check that tensors have a floating-point dtype."""
+    """Check that all tensors have a floating-point dtype."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UserError(
@@ -60,10 +60,9 @@ def check_device(loss: str, **tensors: Tensor) -> None:
 def check_mask(
     loss: str, name: str, mask: Tensor, maps: Tensor, *, like: str, weights: bool = False
 ) -> None:
-    """Check that a mask (N, H, W) fits maps (N, C, H, W) in shape, dtype and device.
+    """Check that a mask (N, H, W) is bool and matches maps (N, C, H, W) in shape and device.
 
-    `like` is the name of the maps in error messages. The mask must be bool; with `weights` it may
-    also be floating point.
+    `like` is the maps' name in error messages. With `weights`, the mask may also be floating point.
     """
     expected = (maps.shape[0], *maps.shape[2:])
     if tuple(mask.shape) != expected:
@@ -75,7 +74,7 @@ def check_mask(
 
 
 def check_labels(loss: str, labels: Tensor, rows: Tensor, *, like: str) -> None:
-    """Check that labels are int64, one for each of the rows; `like` is the name of the rows."""
+    """Check that labels are int64, one per row; `like` is the rows' name in error messages."""
     if labels.shape != rows.shape[:1]:
         raise UserError(f"{loss}: labels must be ({len(rows)},), got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
@@ -84,22 +83,19 @@ def check_labels(loss: str, labels: Tensor, rows: Tensor, *, like: str) -> None:
 
 
 def check_positive(loss: str, name: str, value: float) -> None:
-    """Check that an option, such as a temperature, is finite and above 0."""
+    """Check that an option, such as a temperature, is above 0 and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{loss}: {name} must be above 0 and finite, got {value}")
 
 
 def check_not_negative(loss: str, name: str, value: float) -> None:
-    """Check that an option, such as a weight, is finite and not negative."""
+    """Check that an option, such as a loss weight, is at least 0 and finite."""
     if not (value >= 0 and math.isfinite(value)):
         raise UserError(f"{loss}: {name} must be 0 or above and finite, got {value}")
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype for sums and logarithms: float64 if any tensor has it, else float32.
-
-    Losses are small differences of large numbers, for which half precision is too coarse.
-    """
+    """Return the dtype for sums: float64 if any tensor is float64, else float32."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
 

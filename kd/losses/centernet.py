@@ -1,7 +1,4 @@
-"""Training targets and losses of CenterNet for object centres, sizes and offsets within cells.
-
-Zhou et al., 2019, https://arxiv.org/abs/1904.07850.
-"""
+"""CenterNet's training targets and losses (Zhou et al., 2019, https://arxiv.org/abs/1904.07850)."""
 
 from __future__ import annotations
 
@@ -14,26 +11,24 @@ from torch import Tensor
 
 from kd.losses._checks import wide_dtype
 
-CHUNK = 1 << 24  # number of cells of Gaussians processed at a time: 64 MiB of float32
-# Smallest IoU of an object's box with a box whose corners are shifted by the Gaussian's radius.
-OVERLAP = 0.7
+CHUNK = 1 << 24  # Gaussian values computed at a time: 64 MiB of float32
+OVERLAP = 0.7  # minimum IoU of a box with the box whose corners are shifted by the radius
 
 
 class CenterTargets(NamedTuple):
     """Training targets for N images, C classes and M objects.
 
     Attributes:
-        heatmap: (N, C, h, w) float32, 1 at the peaks, below 1 around them, elsewhere 0. Objects of
-            the same class with their centres in the same cell share a peak.
-        loss_mask: (N, C, h, w) bool, False at cells excluded from the loss of the heat map; None if
-            all cells are included.
-        cell: (M,) int64, index y * w + x of the cell that contains the centre of each object.
-        image_of: (M,) int64, index of the image that contains each object.
+        heatmap: (N, C, h, w) float32, 1 at peaks (object centres), falling to 0 around them.
+            Objects of one class whose centres are in the same cell share a peak.
+        loss_mask: (N, C, h, w) bool, False at cells excluded from the heat map's loss; None if no
+            cell is excluded.
+        cell: (M,) int64, index y * w + x of the cell that contains the object's centre.
+        image_of: (M,) int64, index of the object's image.
         size: (M, 2) float32, width and height in cells.
-        offset: (M, 2) float32 in [0, 1), x and y of the centre relative to the upper left corner of
-            the cell.
-        valid: (M,) bool, whether an object has a peak. Objects without a peak are excluded from all
-            losses.
+        offset: (M, 2) float32 in [0, 1), x and y of the centre relative to the cell's upper left
+            corner.
+        valid: (M,) bool, False for objects without a peak, which are excluded from all losses.
     """
 
     heatmap: Tensor
@@ -46,17 +41,13 @@ class CenterTargets(NamedTuple):
 
 
 def gaussian_radius(widths: Tensor, heights: Tensor) -> Tensor:
-    """Compute how far a box's corners may be shifted so that the IoU is at least `OVERLAP`.
+    """Compute the largest shift of a box's corners that keeps the IoU at least `OVERLAP`.
 
-    The radius (M,) is the smallest of three cases: both corners are shifted outwards, both inwards,
-    or one in each direction (Law and Deng, 2018, https://arxiv.org/abs/1808.01244). In each case it
-    is the smaller root of a quadratic. The published code solves two of them wrongly and takes the
-    larger root, so its radii are about three times as large: for a box of 10 x 10 they are 2.73
-    instead of 0.82.
-
-    Args:
-        widths: Box widths, (M,), in the unit of the radius.
-        heights: Box heights, (M,).
+    `widths` (M,), `heights` (M,) and the radius (M,) have the same unit. The radius is the smallest
+    of three cases: both corners are shifted outwards, both inwards, or one in each direction (Law
+    and Deng, 2018, https://arxiv.org/abs/1808.01244). Each case solves a quadratic equation for its
+    smaller root. The published code solves two cases wrongly and takes the larger root. Its radii
+    are about three times as large: 2.73 instead of 0.82 for a 10 x 10 box.
     """
     around, area = widths + heights, widths * heights
     # One corner inwards, one outwards: the intersection is (w - r)(h - r), and the union is twice
@@ -87,24 +78,23 @@ def center_targets(
     *,
     ignored: Tensor | None = None,
 ) -> CenterTargets:
-    """Build the targets of a batch. Where Gaussians of one class overlap, their maximum is used.
+    """Build the training targets of a batch, with one Gaussian peak per object.
 
-    An object has no peak if its centre is outside the grid, if its box has no area or is not
-    finite, or if its label is -1. The inputs are checked by the detector, in
-    `kd.nn.detectors.contract`.
+    Where Gaussians of one class overlap, the heat map is their maximum. An object has no peak if
+    its centre is outside the grid, its box has no area or is not finite, or its label is -1.
+    `kd.nn.detectors.contract` checks the inputs.
 
     Args:
         boxes: (M, 4), xyxy pixels.
-        labels: (M,) int64, 0..C-1, or -1 if the class is unknown, which only ignored boxes may
-            have.
-        image_of: (M,) int64, 0..N-1, index of the image that contains each box.
+        labels: (M,) int64, 0..C-1. Only ignored boxes may have -1, an unknown class.
+        image_of: (M,) int64, 0..N-1, index of the box's image.
         n: Number of images, N.
         num_classes: Number of classes, C.
         grid: Height and width in cells.
         stride: Pixels per cell.
-        ignored: (M,) bool, marks boxes of regions that may contain more objects, such as crowds.
-            They have no peak. Cells whose centre lies in such a box are excluded from the loss of
-            its class, or of all classes if the label is -1, except for peaks of other objects.
+        ignored: (M,) bool, True for regions that may contain more objects, such as crowds. They
+            have no peak. Cells centred in such a region are excluded from the loss of its class (of
+            all classes if its label is -1), except at peaks of other objects.
     """
     cells, shape = boxes.to(torch.float32) / stride, (n, num_classes, *grid)
     centres, sides = (cells[:, 2:] + cells[:, :2]) / 2, cells[:, 2:] - cells[:, :2]
@@ -134,10 +124,10 @@ def _gaussian(centre: Tensor, radius: Tensor, length: int) -> Tensor:
 
 
 def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Tensor:
-    """Compute maps (count, h, w), each of which is the maximum of several outer products.
+    """Compute maps (count, h, w), each the maximum of several outer products.
 
-    Product m is that of `rows[m]` (h,) and `columns[m]` (w,), which are not negative, and belongs
-    to the map `row[m]`.
+    The outer product of `rows[m]` (h,) and `columns[m]` (w,), both non-negative, belongs to the map
+    `row[m]`.
     """
     maps = rows.new_zeros(count, rows.shape[1], columns.shape[1])
     step = max(1, CHUNK // maps.shape[1:].numel())
@@ -149,13 +139,10 @@ def _max_products(rows: Tensor, columns: Tensor, row: Tensor, count: int) -> Ten
 
 
 def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Mark the cells (N, C, h, w) whose centres lie in ignored boxes.
+    """Mark the cells (N, C, h, w) whose centres lie in boxes with `ignored` (M,).
 
-    Args:
-        boxes: (M, 4) xyxy in cells.
-        ignored: (M,) bool, the boxes to use.
-        row: (M,) int64, `image * C + class`, or `N * C + image` for a box that covers all classes.
-        shape: N, C, h, w.
+    `boxes` (M, 4) is xyxy in cells. `row` (M,) int64 is `image * C + class` of a box, or `N * C +
+    image` for a box that covers all classes. `shape` is (N, C, h, w).
     """
     n, num_classes, height, width = shape
 
@@ -174,23 +161,19 @@ def _covered(boxes: Tensor, ignored: Tensor, row: Tensor, shape: tuple[int, ...]
 
 
 def centernet_losses(output: Mapping[str, Tensor], targets: CenterTargets) -> dict[str, Tensor]:
-    """Compute the losses `heatmap`, `size` and `offset`; the published weights are 1, 0.1 and 1.
+    """Compute CenterNet's unweighted losses by name: `heatmap`, `size` and `offset`.
 
     `heatmap` is a focal loss (alpha 2, beta 4), summed over all cells and divided by the number of
-    peaks, or by 1 if there are none. For the probability p and the target y it is `-(1 - p)^2
-    log p` at a peak and `-(1 - y)^4 p^2 log(1 - p)` elsewhere. It is computed from logits, so that
-    no probability needs clamping.
+    peaks, or by 1 without peaks. For probability p and target y it is `-(1 - p)^2 log p` at a peak
+    and `-(1 - y)^4 p^2 log(1 - p)` elsewhere.
 
-    `size` and `offset` are the absolute errors in cells, averaged over the objects and the two
-    coordinates; without objects they are 0 with a zero gradient. This follows the authors' code;
-    the paper sums over the two coordinates, which is twice as much.
+    `size` and `offset` are absolute errors in cells, averaged over objects and over the two
+    coordinates; without objects they are 0 with a zero gradient. The authors' code averages over
+    the coordinates too, while the paper sums over them. The published weights are 1, 0.1 and 1.
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w).
         targets: Targets on the same grid.
-
-    Returns:
-        The unweighted losses by name.
     """
     return {
         "heatmap": _focal(output["heatmap"], targets),
@@ -205,8 +188,7 @@ def _focal(logits: Tensor, targets: CenterTargets) -> Tensor:
         # The gradient at excluded cells must be 0 even where logits are not finite.
         logits = logits.masked_fill(~targets.loss_mask, 0.0)
     peak = targets.heatmap == 1
-    # `away` is the logit of the error, which is 1 - p at a peak and p elsewhere. Its softplus is
-    # -log(1 - error).
+    # Logit of the error, which is 1 - p at a peak and p elsewhere; its softplus is -log(1 - error).
     away = torch.where(peak, -logits, logits)
     weight = torch.where(peak, 1.0, (1 - targets.heatmap) ** 4)
     if targets.loss_mask is not None:

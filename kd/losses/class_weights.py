@@ -1,4 +1,4 @@
-"""Compute class weights from class frequencies, with larger weights for rare classes."""
+"""Compute class weights from class frequencies; rare classes get larger weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def median_frequency(
 ) -> list[float]:
     """Weight each class c by `clamp((median(f) / f_c) ** power, 1 / cap, cap)`.
 
-    The weights are those of Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734, with power and
-    cap added. A class that never occurs gets the weight `cap` and is left out of the median.
+    Median frequency balancing of Eigen and Fergus, 2015, https://arxiv.org/abs/1411.4734, with
+    `power` and `cap` added. A class with frequency 0 gets the weight `cap` and is excluded from the
+    median.
 
     Args:
         frequencies: Fraction of the training pixels (or objects) that have each class.
-        power: 0 to 1; with 1 the weights are inversely proportional to the frequencies, with 0 all
-            weights are 1.
-        cap: The largest weight; 1 / cap is the smallest.
+        power: 0..1; 0 makes all weights 1, and 1 makes them inversely proportional to frequencies.
+        cap: The largest weight; the smallest is 1 / cap.
     """
     _check("median_frequency", frequencies, power, cap)
     middle = statistics.median(frequency for frequency in frequencies if frequency > 0)
@@ -34,13 +34,13 @@ def positive_weights(
 ) -> list[float]:
     """Weight the presence of each class c by `clamp(((1 - f_c) / f_c) ** power, 1 / cap, cap)`.
 
-    The absence of a class has the weight 1. With a power of 1, presence and absence of a class have
-    the same total weight over all training images.
+    The absence of a class has the weight 1. With a power of 1, presence and absence have the same
+    total weight over all training images.
 
     Args:
         frequencies: Fraction of the training images that contain each class.
-        power: 0 to 1; with 0 all weights are 1.
-        cap: The largest weight; 1 / cap is the smallest.
+        power: 0..1; 0 makes all weights 1.
+        cap: The largest weight; the smallest is 1 / cap.
     """
     _check("positive_weights", frequencies, power, cap)
     if max(frequencies) > 1:

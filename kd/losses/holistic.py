@@ -1,10 +1,9 @@
 """Holistic distillation: a critic distinguishes the student's score maps from the teacher's.
 
-Liu et al., 2019, https://arxiv.org/abs/1903.04197. The input of the critic is a score map together
-with the image. The critic rates how much the map looks like a map of the teacher for this image. It
-is trained as a Wasserstein critic with gradient penalty (Gulrajani et al., 2017,
-https://arxiv.org/abs/1704.00028), on detached maps and with a separate optimiser. The student is
-trained to get high ratings.
+Liu et al., 2019, https://arxiv.org/abs/1903.04197. The critic rates how much a score map looks like
+the teacher's for the same image. It is a Wasserstein critic with gradient penalty (Gulrajani et
+al., 2017, https://arxiv.org/abs/1704.00028), trained on detached maps with a separate optimiser.
+The student is trained to get high ratings.
 """
 
 from __future__ import annotations
@@ -31,12 +30,10 @@ KERNEL = 4
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over all cells of a map, initialised to the identity.
+    """Self-attention over all positions of a feature map, initialised to the identity.
 
-    Zhang et al., 2019, https://arxiv.org/abs/1805.08318.
-
-    Args:
-        channels: Number of input and output channels. Queries and keys have an eighth as many.
+    Zhang et al., 2019, https://arxiv.org/abs/1805.08318. Queries and keys have an eighth of the
+    input's `channels`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,7 +45,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape."""
+        """Apply self-attention to features (N, C, H, W); the shape stays the same."""
         query, key, value = (
             layer(features).flatten(2) for layer in (self.query, self.key, self.value)
         )
@@ -60,16 +57,15 @@ class SelfAttention(nn.Module):
 
 
 class Critic(nn.Module):
-    """Network that rates how much a score map looks like one of the teacher's, given the image.
+    """Network that rates how much a score map looks like the teacher's for the given image.
 
     It has 4 x 4 convolutions of stride 2 with spectral normalisation, self-attention after the last
-    two of them, and a 4 x 4 convolution to one channel, whose output is averaged over the map. All
-    computations are in the dtype of the weights, float32, even under autocast, because critics are
-    unstable in half precision.
+    two of them, and a 4 x 4 convolution to one channel, whose output is averaged. It computes in
+    float32 even under autocast, because critics are unstable in half precision.
 
     Args:
         num_classes: Number of classes, which are the channels of the score maps.
-        widths: Channels of the strided convolutions, at least two of them.
+        widths: Output channels of the strided convolutions, at least two numbers.
         slope: Negative slope of the leaky ReLUs.
     """
 
@@ -95,15 +91,12 @@ class Critic(nn.Module):
         self.strides = len(widths)
 
     def forward(self, scores: Tensor, images: Tensor) -> Tensor:
-        """Rate score maps; a rating is higher if the map looks more like a map of the teacher.
+        """Rate score maps: ratings (N,), higher for maps that look more like the teacher's.
 
         Args:
             scores: Class probabilities, (N, C, h, w); h and w must be at least 2**n for n strided
                 convolutions.
-            images: Normalised images, (N, 3, H, W), which are resized to the grid of the maps.
-
-        Returns:
-            Ratings, (N,).
+            images: Normalised images, (N, 3, H, W), which are resized to (h, w).
         """
         least = 2**self.strides
         if min(scores.shape[2:]) < least:
@@ -134,22 +127,19 @@ def critic_loss(
     penalty: float = 10.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Loss of the critic D: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`.
+    """Loss of the critic D: `D(student) - D(teacher) + penalty * (|grad D| - 1)^2`, mean over N.
 
-    The gradient of D is taken at a random point on the line between the two maps of each image. No
-    gradient reaches student or teacher. Under `torch.compile` this function runs uncompiled.
+    The gradient of D is taken at a random point on the line between the student's and the teacher's
+    probabilities of an image. Student and teacher get no gradient. Under `torch.compile` this
+    function runs uncompiled. The loss is 0 if N is 0.
 
     Args:
-        critic: Module that maps score maps (N, C, h, w) and images to ratings (N,).
+        critic: Module that maps class probabilities (N, C, h, w) and images to ratings (N,).
         student: Logits, (N, C, h, w).
         teacher: Logits, (N, C, h, w).
         images: Normalised images, (N, 3, H, W).
         penalty: Weight of the gradient penalty.
-        generator: Generator that the random points are drawn from, on the device of the maps; None
-            for torch's default generator.
-
-    Returns:
-        Scalar, the mean over N; 0 if N is 0.
+        generator: Random generator for the points, on the maps' device; None = torch's default.
     """
     check_pair("critic_loss", student, teacher, dimensions=4)
     check_not_negative("critic_loss", "penalty", penalty)
@@ -159,7 +149,6 @@ def critic_loss(
     return loss
 
 
-# A function of its own: compiled code has no second derivative, which the penalty needs.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _critic_loss(
     critic: nn.Module,
@@ -175,26 +164,22 @@ def _critic_loss(
         score_fake, score_real = critic(fake, images), critic(real, images)
         score_between = critic(between, images).sum()
     (slope,) = torch.autograd.grad(score_between, between, create_graph=True)
-    # A small constant is added, because a norm has no derivative at 0, where the gradient of an
-    # untrained critic may be.
+    # A norm has no derivative at 0, and the gradient of an untrained critic may be 0.
     length = (slope.flatten(1).square().sum(dim=1) + 1e-12).sqrt()
     loss: Tensor = (score_fake - score_real + penalty * (length - 1).square()).sum()
     return loss / max(len(fake), 1)
 
 
 def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
-    """Loss of the student, `-D(student)` for the critic D.
+    """Loss of the student, `-D(student)` for the critic D, mean over N.
 
-    The weights of the critic receive a gradient as well, which must not be used in the optimiser
-    step of the critic. Clear it, or freeze the critic as `Adversary` does.
+    The critic's weights also receive a gradient, which its optimiser must not use: clear it, or
+    freeze the critic as `Adversary` does. The loss is 0 with a zero gradient if N is 0.
 
     Args:
         student: Logits, (N, C, h, w).
         images: Normalised images, (N, 3, H, W).
-        critic: Module that maps score maps (N, C, h, w) and images to ratings (N,).
-
-    Returns:
-        Scalar, the mean over N; 0 with a zero gradient if N is 0.
+        critic: Module that maps class probabilities (N, C, h, w) and images to ratings (N,).
     """
     check_floating("holistic", student=student)
     loss: Tensor = -critic(_probabilities(student, wide_dtype(student)), images).sum()
@@ -202,18 +187,17 @@ def holistic(student: Tensor, images: Tensor, critic: nn.Module) -> Tensor:
 
 
 def _probabilities(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    # A softmax turns a logit of -inf into 0. The second term makes the result NaN, so that training
-    # stops at such logits.
+    # The second term is NaN for infinite logits, so that training stops at them.
     return logits.softmax(dim=1, dtype=dtype) + 0.0 * logits.detach()
 
 
 class Adversary(nn.Module):
-    """A critic together with the losses of student and critic.
+    """A critic with the losses of student and critic.
 
     Args:
         num_classes: Number of classes, which are the channels of the score maps.
         penalty: Weight of the gradient penalty in the critic's loss.
-        widths: Channels of the critic's convolutions, see `Critic`.
+        widths: Output channels of the critic's convolutions, see `Critic`.
         slope: Negative slope of the critic's leaky ReLUs.
     """
 
@@ -231,23 +215,23 @@ class Adversary(nn.Module):
         self.penalty = penalty
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """Compute the loss of the student, without changing the critic or its gradients."""
+        """Compute the student's loss (`holistic`) without changing the critic or its gradients."""
         check_pair("holistic", student, teacher, dimensions=4)
         with _frozen(self.critic):
             return holistic(student, images, self.critic)
 
     def judge(self, student: Tensor, teacher: Tensor, images: Tensor) -> Tensor:
-        """Compute the loss of the critic, see `critic_loss`."""
+        """Compute the critic's loss, see `critic_loss`."""
         loss: Tensor = critic_loss(self.critic, student, teacher, images, penalty=self.penalty)
         return loss
 
 
 def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Replace the student's logits at void pixels by the teacher's logits.
+    """Replace the student's logits by the teacher's at void pixels, which have no class.
 
-    A critic rates whole maps and cannot exclude pixels. If the result is passed instead of the
-    student's map to both losses of `Adversary`, the maps of student and teacher do not differ at
-    void pixels. Liu et al., 2019, https://arxiv.org/abs/1903.04197, do not mention void.
+    A critic rates whole maps and cannot exclude pixels. Pass the result to both losses of
+    `Adversary` instead of the student's map, so that the critic sees no difference at void pixels.
+    The paper (Liu et al., 2019, https://arxiv.org/abs/1903.04197) does not mention void.
 
     Args:
         student: Logits, (N, C, h, w).
@@ -255,8 +239,8 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         valid: Pixels that have a class, bool (N, h, w).
 
     Returns:
-        Logits, (N, C, h, w), in the wider of the two dtypes, so that the teacher's logits are not
-        rounded. Gradients reach only the student's valid pixels.
+        Logits, (N, C, h, w), in the wider of the two dtypes. Gradients reach only the student's
+        valid pixels.
     """
     check_pair("holistic", student, teacher, dimensions=4)
     check_mask("holistic", "valid", valid, student, like="student")
@@ -265,7 +249,7 @@ def without_void(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Disable weight gradients and the power iteration of spectral norm within a `with` block."""
+    """Within a `with` block, disable weight gradients and spectral norm's power iteration."""
     training = module.training
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()

@@ -1,4 +1,4 @@
-"""Feature regression: hints, imitation in the cells of a mask, and the mask for detectors."""
+"""Feature losses: hints, and imitation in the cells of a mask, such as cells near objects."""
 
 from __future__ import annotations
 
@@ -15,26 +15,23 @@ from kd.errors import UserError
 from kd.losses._checks import check_mask, check_pair, dtype_name, wide_dtype
 
 CHUNK = 1 << 22  # number of intersections computed at a time: 16 MiB of float32
-# Relative margin of the comparison of IoUs with the limit. IoUs equal to the limit are common: all
-# anchors of twice a box's side that contain the box have an IoU of 1/4. Rounding must not lift some
-# of them above the limit.
+# Relative margin by which an IoU must exceed the limit. IoUs equal to the limit are common (all
+# anchors of twice a box's side that contain the box have an IoU of 1/4) and must not pass by
+# rounding.
 TIE = 1e-5
 
 
 def hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Mean squared error between features.
+    """Mean squared error between the features of student and teacher.
 
     Romero et al., 2015, https://arxiv.org/abs/1412.6550, use half the squared norm of the
-    difference. Here the loss is the mean over all elements, so that the weight of the term need not
-    depend on the size of the map.
+    difference. The mean over all elements is used here, so that the loss does not depend on the
+    size of the map. It is 0 with a zero gradient if N is 0 or no cell is valid.
 
     Args:
         student: Adapted features, (N, ...).
         teacher: Features of the same shape.
         valid: For features (N, C, H, W), the cells to include, bool (N, H, W); None = all.
-
-    Returns:
-        Scalar; 0 with a zero gradient if N is 0 or no cell is valid.
     """
     check_pair("hint", student, teacher, dimensions=student.ndim if valid is None else 4)
     dtype = wide_dtype(student, teacher)
@@ -47,21 +44,18 @@ def hint(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Te
 
 
 def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Half the squared error between features, averaged over the cells of a mask.
+    """Half the squared error between features, summed over channels and averaged over a mask.
 
-    As in Wang et al., 2019, https://arxiv.org/abs/1906.03609, `(teacher - student)^2` is summed
-    over the cells of the mask and all channels, and divided by twice the number of cells in the
-    masks of the batch. Detectors use an imitation mask around objects; context teachers use a ring
-    around the hidden object.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609: the sum of `(teacher - student)^2` is
+    divided by twice the number of mask cells in the batch. For detectors the mask contains cells
+    near objects; for context teachers it is a ring around the hidden object. The loss is 0 with a
+    zero gradient if the mask is empty.
 
     Args:
         student: Adapted features, (N, C, H, W).
         teacher: Features, (N, C, H, W).
-        mask: Cells to include, bool (N, H, W), or weights of the cells, float (N, H, W), not
-            negative. At excluded cells the features need not be finite.
-
-    Returns:
-        Scalar; 0 with a zero gradient if the mask is empty.
+        mask: Cells to include, bool (N, H, W), or non-negative cell weights, float (N, H, W). At
+            excluded cells the features need not be finite.
     """
     check_pair("imitation", student, teacher, dimensions=4)
     check_mask("imitation", "mask", mask, student, like="student", weights=True)
@@ -79,11 +73,11 @@ def imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Distances(torch.autograd.Function):
-    """Squared distance of the features in each cell, (N, H, W), 0 in cells outside the mask.
+    """Squared feature distance in each cell, (N, H, W), 0 in cells outside the mask.
 
-    The difference of the features is recomputed in the backward pass, while plain autograd would
-    store it. Plain autograd would also need another pass over memory to fill the cells outside that
-    are not finite, because their gradient would be 0 times NaN.
+    The backward pass recomputes the difference of the features, which plain autograd would store.
+    Plain autograd would also need an extra pass to clear non-finite values outside the mask, where
+    the gradient would be 0 times NaN.
     """
 
     @staticmethod
@@ -98,7 +92,7 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return twice the difference for the student, and the negative of that for the teacher."""
+        """Return the gradients: twice the difference for the student, and minus this for the teacher."""
         student, teacher, outside = ctx.saved_tensors
         gap = student.to(ctx.dtype) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)
@@ -117,19 +111,16 @@ def anchor_grid(
     offset: float = 0.5,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Compute the anchors of each cell of a grid.
+    """Compute the K anchors of each cell of a grid: (H, W, K, 4), xyxy pixels.
 
     Args:
-        height: Number of rows of the grid, H.
-        width: Number of columns of the grid, W.
-        stride: Pixels between cells.
-        sides: Width and height of each of the K anchors, pixels.
-        offset: Position of the anchors' centre in the cell, in strides. It is 0 for torchvision's
-            detectors, whose anchors are centred at the upper left corners of the cells.
+        height: Number of rows, H.
+        width: Number of columns, W.
+        stride: Pixels between neighbouring cells.
+        sides: Width and height of each anchor, pixels.
+        offset: Position of the anchors' centre in the cell, in strides; 0 for torchvision's
+            detectors, whose anchors are centred at the cells' upper left corners.
         device: Device of the result.
-
-    Returns:
-        (H, W, K, 4), xyxy pixels.
     """
     x, y = ((torch.arange(count, device=device) + offset) * stride for count in (width, height))
     centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
@@ -138,40 +129,37 @@ def anchor_grid(
 
 
 def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5) -> Tensor:
-    """Select the cells whose anchors overlap an object nearly as well as the best anchor does.
+    """Select the cells with an anchor that overlaps an object nearly as well as the best anchor.
 
-    As in Wang et al., 2019, https://arxiv.org/abs/1906.03609, a cell is selected by a box if any of
-    the cell's anchors has an IoU with the box strictly above `psi` times the largest IoU of the box
-    with any anchor, including anchors outside the image. The mask is the union over all boxes.
-    Coordinates are continuous, so a box from 0 to 16 is 16 wide. With psi = 0 the mask contains all
-    cells with an anchor that overlaps a box; with psi = 1 it is empty.
+    Wang et al., 2019, https://arxiv.org/abs/1906.03609: a box selects a cell if an anchor of the
+    cell has an IoU with the box strictly above `psi` times the box's largest IoU with any anchor,
+    including anchors outside the image. The mask is the union over boxes. With psi = 0 it contains
+    all cells with an anchor that overlaps a box; with psi = 1 it is empty. Coordinates are
+    continuous: a box from 0 to 16 is 16 wide.
 
-    For a feature pyramid, call this function once per level, with the anchors of the level and the
-    boxes assigned to the level. If all boxes were used on every level, each box would have a best
-    anchor even on levels that do not fit it, and the student would imitate background.
-
-    The intersection of an anchor and a box is a width, which depends on the column, times a height,
-    which depends on the row. For anchors of one size the IoU grows with this product, so the
-    largest IoU follows from the largest width and the largest height alone. What remains is one
-    product and one comparison per cell and anchor.
+    For a feature pyramid, call this function once per level with the level's anchors and only the
+    boxes assigned to the level; on other levels they would select background.
 
     Args:
-        boxes: For each image its boxes (G, 4), xyxy pixels; G may be 0. Boxes may extend beyond the
-            image. A box without area, or without overlap with any anchor, selects no cells.
-        anchors: (H, W, K, 4), xyxy pixels. Anchors must be a grid: x depends on column and anchor
-            only, y on row and anchor only, and each of the K anchors has one size in all cells.
+        boxes: Boxes of each image, (G, 4), xyxy pixels; G may be 0. Boxes may extend beyond the
+            image. A box without area, or that overlaps no anchor, selects no cells.
+        anchors: (H, W, K, 4), xyxy pixels, as a grid: x depends on column and anchor only, y on row
+            and anchor only, and each of the K anchors has the same size in all cells.
         psi: Fraction of the largest IoU, 0..1.
 
     Returns:
         Bool, (N, H, W); all False for an image without boxes.
 
     Raises:
-        UserError: Shapes do not fit, or psi is out of range. On the CPU also if anchors are not a
-            grid, or if boxes are not finite or have swapped corners. These values are not checked
-            under `torch.compile`, nor on an accelerator, where the check would synchronise in every
-            step. Such boxes then select no cells, and such anchors give a wrong mask.
+        UserError: Shapes do not match, or psi is out of range. On the CPU also if anchors are not a
+            grid, or boxes are not finite or have swapped corners. This is not checked under
+            `torch.compile` or on an accelerator, where reading values would synchronise. There,
+            invalid boxes select no cells, and invalid anchors give a wrong mask.
     """
     _check_mask(boxes, anchors, psi)
+    # An intersection is a width, which depends on the column, times a height, which depends on the
+    # row. For anchors of one size the IoU grows with it, so that the largest width and height give
+    # the largest IoU. What remains is one product and one comparison per cell and anchor.
     dtype = wide_dtype(anchors)
     if anchors.numel() == 0 or not any(len(own) for own in boxes):
         return anchors.new_zeros(len(boxes), *anchors.shape[:2], dtype=torch.bool)
@@ -191,10 +179,10 @@ def imitation_mask(boxes: Sequence[Tensor], anchors: Tensor, *, psi: float = 0.5
 
 
 def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
-    """Mark the cells (N, H, W) where the intersection of a box with an anchor exceeds `least`.
+    """Mark the cells (N, H, W) where the intersection of any box with any anchor exceeds `least`.
 
-    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H). Each
-    pair of box and anchor has a separate limit, `least` (N, G, K).
+    The intersection is the product of `overlap_x` (N, G, K, W) and `overlap_y` (N, G, K, H).
+    `least` (N, G, K) is the limit for each box and anchor.
     """
     images, boxes, anchors_per_cell, width = overlap_x.shape
     height = overlap_y.shape[3]
@@ -210,7 +198,7 @@ def _any_above(overlap_x: Tensor, overlap_y: Tensor, least: Tensor) -> Tensor:
 
 
 def _overlaps(low: Tensor, high: Tensor, spans: Tensor) -> Tensor:
-    """Length (N, G, K, L) of the intersections of intervals (N, G) with anchor spans (L, K, 2)."""
+    """Lengths (N, G, K, L) of the intersections of intervals (N, G) with anchor spans (L, K, 2)."""
     spans = spans.transpose(0, 1)  # (K, L, 2)
     first = torch.maximum(low[..., None, None], spans[..., 0])
     last = torch.minimum(high[..., None, None], spans[..., 1])
@@ -226,7 +214,7 @@ def _check_mask(boxes: Sequence[Tensor], anchors: Tensor, psi: float) -> None:
         what = f"imitation_mask: boxes of image {image}"
         if own.ndim != 2 or own.shape[1] != 4:
             raise UserError(
-                f"{what} must be (G, 4), got {tuple(own.shape)}; (0, 4) if there are no boxes"
+                f"{what} must be (G, 4), got {tuple(own.shape)}; use (0, 4) for no boxes"
             )
         if own.dtype == torch.bool or own.is_complex():
             raise UserError(f"{what} must be coordinates, got {dtype_name(own.dtype)}")

@@ -1,4 +1,4 @@
-"""KL divergences between softmaxes of teacher and student, over classes or over grid cells."""
+"""KL divergences between softmaxes of teacher and student, over classes or over map cells."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from kd.losses._checks import check_labels, check_mask, check_pair, check_positi
 def kl_logits(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
     """KL(teacher || student) of softened class distributions, times the squared temperature.
 
-    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. With this factor the magnitude of the
-    gradient hardly depends on the temperature.
+    Hinton et al., 2015, https://arxiv.org/abs/1503.02531. The factor makes the magnitude of the
+    gradient nearly independent of the temperature. The loss is the mean over N; it is 0 with a zero
+    gradient if N is 0.
 
     Args:
         student: Logits, (N, C).
         teacher: Logits or log-probabilities, (N, C).
-        temperature: Divides both sets of logits; above 1 softens.
-
-    Returns:
-        Scalar, the mean over N; 0 with a zero gradient if N is 0.
+        temperature: Divides both sets of logits; above 1 softens the distributions.
     """
     check_pair("kl_logits", student, teacher, dimensions=2)
     check_positive("kl_logits", "temperature", temperature)
@@ -41,21 +39,19 @@ def pixel_wise(
     valid: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """KL(teacher || student) of the class distributions at each pixel.
+    """KL(teacher || student) of the class distributions at each pixel, times temperature squared.
 
     Liu et al., 2019, https://arxiv.org/abs/1903.04197. The paper gives the divergence in the other
-    direction, but the authors' code uses KL(teacher || student).
+    direction, but the authors' code uses KL(teacher || student). The loss is the sum over valid
+    pixels divided by their number, whatever the weights. It is 0 with a zero gradient if no pixel
+    is valid.
 
     Args:
         student: Logits, (N, C, H, W).
         teacher: Logits, (N, C, H, W).
         temperature: Divides both sets of logits.
         valid: Pixels to include, bool (N, H, W); None = all.
-        weights: Weight of each pixel, (N, H, W), not negative; None = 1.
-
-    Returns:
-        Scalar: the sum over valid pixels divided by their number, whatever their weights; 0 with a
-        zero gradient if there are none.
+        weights: Non-negative pixel weights, (N, H, W); None = 1.
     """
     check_pair("pixel_wise", student, teacher, dimensions=4)
     check_positive("pixel_wise", "temperature", temperature)
@@ -77,10 +73,10 @@ def pixel_wise(
 
 
 class _PixelWise(torch.autograd.Function):
-    """Sum of the divergences of all pixels, with softmaxes recomputed in the backward pass.
+    """Sum of the divergences of all pixels; the backward pass recomputes the softmaxes.
 
-    Both passes process one image at a time. Plain autograd would store five maps as large as the
-    logits between the two passes.
+    Both passes process one image at a time. Plain autograd would store five maps of the logits'
+    size.
     """
 
     @staticmethod
@@ -105,8 +101,9 @@ class _PixelWise(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients.
 
-        At temperature T, with p the student's and q the teacher's distribution, the gradient of a
-        pixel is `(p - q) / T` for the student and `q (log q - log p - KL) / T` for the teacher.
+        At temperature T, with the student's distribution p and the teacher's distribution q, a
+        pixel's gradient is `(p - q) / T` for the student and `q (log q - log p - KL) / T` for the
+        teacher.
         """
         student, teacher, valid, weights = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
@@ -130,7 +127,7 @@ class _PixelWise(torch.autograd.Function):
 
 
 def _zero_void(gradient: Tensor, void: Tensor | None) -> Tensor:
-    """Zero the gradient of void pixels, even where it is not finite."""
+    """Set the gradient of void pixels to 0, even where it is not finite."""
     return gradient if void is None else gradient.masked_fill_(void, 0.0)
 
 
@@ -141,7 +138,7 @@ def _sum(
     valid: Tensor | None,
     weights: Tensor | None,
 ) -> Tensor:
-    """Sum of the weighted divergences of all valid pixels."""
+    """Sum the weighted divergences of all valid pixels."""
     divergence = _divergence(student, teacher, temperature)
     if weights is not None:
         divergence = divergence * weights
@@ -149,7 +146,7 @@ def _sum(
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) of distributions over dimension 1, which is summed over."""
+    """KL(teacher || student) of distributions over dimension 1, which is removed."""
     dtype = wide_dtype(student, teacher)
     log_p = _log_softmax(student, 1, temperature, dtype)
     log_q = _log_softmax(teacher, 1, temperature, dtype)
@@ -171,13 +168,13 @@ def decoupled(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Decoupled knowledge distillation of the labelled rows.
+    """Decoupled knowledge distillation, averaged over the labelled rows.
 
     Zhao et al., 2022, https://arxiv.org/abs/2203.08679: `T^2 (alpha TCKD + beta NCKD)` at
-    temperature T. TCKD is the KL(teacher || student) of two probabilities: that of the labelled
-    class and that of all other classes together. NCKD is the KL(teacher || student) of the
-    distributions over the other classes alone. If alpha is 1, and beta in each row is the teacher's
-    probability of the other classes, the sum equals `kl_logits`.
+    temperature T. TCKD is the KL(teacher || student) of two probabilities: of the labelled class,
+    and of all other classes together. NCKD is the KL(teacher || student) of the distributions over
+    the other classes. With alpha = 1, and with the teacher's probability of the other classes as
+    beta of each row, the loss equals `kl_logits`.
 
     Args:
         student: Logits, (N, C).
@@ -188,8 +185,7 @@ def decoupled(
         temperature: Divides both sets of logits.
 
     Returns:
-        Scalar, the mean over the labelled rows; 0 with a zero gradient if no row is labelled or if
-        there are fewer than two classes.
+        Scalar; 0 with a zero gradient if no row is labelled or if there are fewer than two classes.
     """
     check_pair("decoupled", student, teacher, dimensions=2)
     check_positive("decoupled", "temperature", temperature)
@@ -211,12 +207,10 @@ def decoupled(
 
 
 def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split class distributions by the label.
+    """Split class distributions into two sets of log-probabilities.
 
-    Returns:
-        Log-probabilities (N, 2) of the labelled class and of all other classes together, and
-        log-probabilities (N, C-1) of the other classes given that the class is not
-        the labelled one.
+    The first, (N, 2), is of the labelled class and of all other classes together. The second, (N,
+    C-1), is of each other class, given that the class is not the labelled one.
     """
     index = torch.arange(logits.shape[1] - 1, device=logits.device)
     rest = logits.gather(1, index + (index >= labels[:, None]).long())
@@ -230,20 +224,16 @@ def channel_wise(
 ) -> Tensor:
     """KL(teacher || student) of each channel's softmax over the cells of the map.
 
-    Shu et al., 2021, https://arxiv.org/abs/2011.13256: the sum over images and channels, times
-    `T^2 / (N * C)` at temperature T. A constant added to a channel does not change the loss. The
-    paper does not define the loss for void cells; here the softmax is over the valid cells of an
-    image only.
+    Shu et al., 2021, https://arxiv.org/abs/2011.13256: the sum over images and channels, times `T^2
+    / (N * C)` at temperature T. Adding a constant to a channel does not change the loss. With
+    `valid` (not in the paper) the softmax is over an image's valid cells, and images without valid
+    cells are excluded from the mean. The loss is 0 with a zero gradient if no cell is valid.
 
     Args:
         student: Logits or features, (N, C, H, W).
         teacher: Logits or features, (N, C, H, W).
-        temperature: Divides both; above 1 flattens the distributions.
+        temperature: Divides both maps; above 1 flattens the distributions.
         valid: Cells to include, bool (N, H, W); None = all.
-
-    Returns:
-        Scalar, the mean over C and over the images with a valid cell; 0 with a zero gradient if
-        there are no such images.
     """
     check_pair("channel_wise", student, teacher, dimensions=4)
     check_positive("channel_wise", "temperature", temperature)
@@ -264,20 +254,13 @@ def channel_wise(
 def masked_log_softmax(
     maps: Tensor, places: Tensor, temperature: float, dtype: torch.dtype
 ) -> Tensor:
-    """Compute the log-softmax of each channel over the valid cells; other cells are 0.
+    """Compute each channel's log-softmax over the valid cells, (N, C, H * W), 0 at other cells.
 
-    Args:
-        maps: (N, C, H, W).
-        places: Valid cells, bool (N, 1, H * W).
-        temperature: Divides the maps.
-        dtype: Dtype of the result.
-
-    Returns:
-        (N, C, H * W).
+    `maps` is (N, C, H, W); `places` marks the valid cells, bool (N, 1, H * W).
     """
     logits = maps.flatten(2).to(dtype)
-    # A logit of -inf excludes a cell. If an image has no valid cell, 0 is used instead, because a
-    # softmax of -inf alone has neither value nor gradient.
+    # A logit of -inf excludes a cell. Images without a valid cell get 0 instead, because a softmax
+    # over only -inf is NaN.
     out = torch.where(places.any(dim=2, keepdim=True), -math.inf, 0.0).to(dtype)
     logits = torch.where(places, logits, out) / temperature
     return F.log_softmax(logits, dim=2).masked_fill(~places, 0.0)

@@ -1,4 +1,4 @@
-"""Pair-wise distillation of the affinities between the cells of a feature map."""
+"""Pair-wise distillation of the similarities between the cells of a feature map."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 from kd.errors import UserError
 from kd.losses._checks import check_device, check_floating, check_mask, check_positive, wide_dtype
 
-# Feature vectors not longer than this are treated as zero, because their gradient grows as
-# 1 / length and would dominate the gradients of all others. The square of this length is not
-# rounded to 0 in float32, which reaches 1e-38.
+# Feature vectors of at most this length are treated as zero, because their gradient grows as
+# 1 / length and would dominate all others. Its square does not underflow in float32.
 SHORTEST = 1e-6
 
 
@@ -26,19 +25,13 @@ def pair_wise(
     pool: str = "max",
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of the cosine affinities between all pairs of nodes.
+    """Squared error of the cosine similarities between all pairs of nodes, averaged over N.
 
-    A node is the feature vector of a cell after pooling to a grid of h x w cells. As in Liu et al.,
-    2019, https://arxiv.org/abs/1903.04197, the loss is `sum_ij (a_ij^s - a_ij^t)^2 / (h*w)^2`,
-    where `a_ij` is the cosine of the nodes i and j of student (s) or teacher (t). The paper pools
-    by averages, the authors' code by maxima; both are available.
-
-    Let S and T be the matrices (C, h*w) of the student's and the teacher's nodes, scaled to unit
-    length. The sum is then `|S^T S - T^T T|^2`, which equals `|S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2`
-    with products of shape (C, C). The form that is cheaper for the given shapes is used.
-
-    A node not longer than `SHORTEST` has no direction. All of its affinities, including that with
-    itself, and its gradient are 0.
+    A node is the feature vector of a cell after pooling to h x w cells. Liu et al., 2019,
+    https://arxiv.org/abs/1903.04197: the loss is `sum_ij (a_ij^s - a_ij^t)^2 / (h*w)^2`, where
+    `a_ij` is the cosine of nodes i and j of student (s) or teacher (t). The paper uses average
+    pooling, the authors' code max pooling. A node of length at most `SHORTEST` has no direction:
+    its similarities, also with itself, and its gradient are 0.
 
     Args:
         student: Features, (N, Cs, H, W).
@@ -50,14 +43,12 @@ def pair_wise(
             of its window. Nodes without valid cells are excluded from the sum and from `h*w`.
 
     Returns:
-        Scalar, the mean over N, or with `valid` over the images that have a valid cell; 0 with a
-        zero gradient if there are none.
+        Scalar, the mean over the images that have a valid cell; 0 with a zero gradient if none has.
     """
     _check(student, teacher, kernel, pool)
     if valid is not None:
         check_mask("pair_wise", "valid", valid, student, like="student")
-    # Half precision is too coarse for the small differences of affinities, and for the cancellation
-    # in the form with (C, C) products.
+    # Half precision is too coarse for differences of similarities and for `_by_channels`.
     dtype = wide_dtype(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         nodes = [_nodes(side.to(dtype), kernel, pool, valid) for side in (student, teacher)]
@@ -71,9 +62,8 @@ def _nodes(
 ) -> Tensor:
     """Pool features and scale each node to unit length: (N, C, h*w).
 
-    With a mask, nodes without a valid cell are set to 0, so that their affinities are 0 for student
-    and teacher. The n other nodes of an image are divided by sqrt(n), which divides the sum over
-    their pairs by n^2 in either form.
+    With `valid`, nodes without a valid cell are 0, so that their similarities are 0. An image's n
+    other nodes are divided by sqrt(n), which divides the sum over their pairs by n^2.
     """
     window = (kernel, kernel) if isinstance(kernel, int) else (kernel[0], kernel[1])
     if valid is None:
@@ -87,10 +77,7 @@ def _nodes(
 
 
 def _directions(columns: Tensor) -> Tensor:
-    """Scale columns (N, C, h*w) to length 1.
-
-    Columns not longer than `SHORTEST` become 0, and columns with NaN stay NaN.
-    """
+    """Scale columns (N, C, h*w) to length 1, or to 0 if their length is at most `SHORTEST`."""
     lengths: Tensor = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
     return columns / lengths.masked_fill(lengths <= SHORTEST, math.inf)
 
@@ -98,24 +85,22 @@ def _directions(columns: Tensor) -> Tensor:
 def _pooled(
     features: Tensor, window: tuple[int, int], pool: str, void: Tensor | None = None
 ) -> Tensor:
-    """Pool each window of the features: (N, C, h, w). Void cells must already be 0."""
+    """Pool each window of the features, (N, C, h, w); void cells must already be 0."""
     if window == (1, 1):
         return features
     if pool == "average":
-        # The zeros of void cells make an average shorter, but do not change its direction, and only
-        # the direction is used. There is no padding, but count_include_pad=False is needed, because
-        # otherwise torch.compile's backward pass divides windows over the edge by their full size:
-        # https://github.com/pytorch/pytorch/issues/198119.
+        # Zeros of void cells shorten an average but keep its direction, and only that is used.
+        # Without count_include_pad=False, torch.compile's backward pass divides windows over the
+        # edge by their full size: https://github.com/pytorch/pytorch/issues/198119.
         return F.avg_pool2d(features, window, window, ceil_mode=True, count_include_pad=False)
     candidates = features if void is None else features.masked_fill(void, -math.inf)
-    # A maximum ignores -inf. The second term makes the result NaN if the features contain -inf, so
-    # that training stops.
+    # A maximum ignores -inf. If the features contain -inf, the second term is NaN: training stops.
     largest = F.max_pool2d(candidates, window, window, ceil_mode=True)
     return largest + 0.0 * features.detach().sum()
 
 
 def _summed(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum the squared errors of affinities over all images, in the form with fewer products."""
+    """Sum the squared errors of similarities over all images, by the cheaper of two formulas."""
     channels = student.shape[1], teacher.shape[1]
     across = channels[0] ** 2 + channels[0] * channels[1] + channels[1] ** 2
     if across < student.shape[2] * sum(channels):
@@ -124,14 +109,14 @@ def _summed(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _by_nodes(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of affinities by the definition, with (h*w, h*w) affinity matrices."""
+    """Squared error of similarities by definition: `|S^T S - T^T T|^2`, in (h*w, h*w) matrices."""
     affinity_student = student.transpose(1, 2) @ student
     affinity_teacher = teacher.transpose(1, 2) @ teacher
     return (affinity_student - affinity_teacher).square().sum()
 
 
 def _by_channels(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of affinities from (C, C) products instead of affinity matrices."""
+    """The same error as `|S S^T|^2 - 2 |S T^T|^2 + |T T^T|^2`, in (C, C) matrices."""
     own = (student @ student.transpose(1, 2)).square().sum()
     both = (student @ teacher.transpose(1, 2)).square().sum()
     other = (teacher @ teacher.transpose(1, 2)).square().sum()

@@ -1,4 +1,4 @@
-"""Saliency losses: divergences between distributions over the pixels of an image."""
+"""Saliency losses: KL divergences between distributions over the pixels of an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kd.losses._checks import (
 )
 from kd.losses.logits import channel_wise, masked_log_softmax
 
-EPS = 1e-7  # epsilon in the published form of the divergence
+EPS = 1e-7  # of the published form
 
 
 def saliency_kld(
@@ -25,17 +25,16 @@ def saliency_kld(
 ) -> Tensor:
     """KL(ground truth || prediction) of distributions over the pixels of an image.
 
-    The prediction is a softmax of the logits over the valid pixels. In the form published with
-    MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634), the prediction is instead a map
-    in 0..1 divided by its sum: for the ground truth y and the map m, `q = y / (eps + sum y)` and
-    `p = m / (eps + sum m)`, and the loss is `sum q log(eps + q / (eps + p))` with eps 1e-7. Here m
-    is the sigmoid of the logits, while MSI-Net scales maps to 0..1 by minimum and maximum. A
-    saturated sigmoid has no gradient, which a softmax would have.
+    The prediction is the softmax of the logits over the valid pixels. The published form is that of
+    MSI-Net (Kroner et al., 2020, https://arxiv.org/abs/1902.06634): for the ground truth y and a
+    map m in 0..1, `q = y / (eps + sum y)`, `p = m / (eps + sum m)` and the loss is `sum q log(eps +
+    q / (eps + p))` with eps 1e-7. Here m is the sigmoid of the logits, whose gradient vanishes
+    where it saturates; MSI-Net scales maps to 0..1 by minimum and maximum.
 
     Args:
         logits: Prediction, (N, 1, H, W).
-        density: Ground truth, (N, 1, H, W), not negative, which is not checked. It is normalised
-            over the valid pixels.
+        density: Ground truth, (N, 1, H, W), not negative (not checked). It is normalised over the
+            valid pixels.
         valid: Pixels to include, bool (N, H, W); None = all.
         published: Whether to use the published form.
 
@@ -53,7 +52,7 @@ def saliency_kld(
     dtype = wide_dtype(logits, density)
     truth = density.flatten(2).to(dtype).masked_fill(~places, 0.0)  # (N, 1, H * W)
     mass = truth.sum(dim=2, keepdim=True)
-    empty = mass == 0  # not `~(mass > 0)`, which would be true for NaN and hide it
+    empty = mass == 0  # not `~(mass > 0)`, which would hide NaN
     if published:
         divergence = _published(truth, _sigmoid(logits, places, dtype))
     else:
@@ -75,25 +74,22 @@ def saliency_maps(
     """KL(teacher || student) of softened distributions over the pixels of an image.
 
     Both distributions are softmaxes over the valid pixels of logits divided by the temperature. The
-    loss is multiplied by the squared temperature. It equals `channel_wise` of maps with one
-    channel.
+    loss is multiplied by the squared temperature; it equals `channel_wise` of one-channel maps.
 
-    The published form, which is meant for comparisons, divides maps by the temperature and then by
-    their sum, so that the temperature has **no effect**. It is not multiplied by the squared
-    temperature. In this form the student's map is the sigmoid of the student's logits, but the
-    teacher's map is the softmax of the teacher's logits: the teacher was trained through a softmax,
-    which determines logits only up to a constant, so their sigmoid would be arbitrary.
+    The published form (see `saliency_kld`), for comparisons only, divides maps by the temperature
+    and then by their sum, so that the temperature has **no effect**; there is no factor of its
+    square. The student's map is then the sigmoid of its logits, while the teacher's map is the
+    softmax of its logits: teachers are trained with a softmax, so their sigmoid has no meaning.
 
     Args:
         student: Logits, (N, 1, H, W).
         teacher: Logits, (N, 1, H, W).
         valid: Pixels to include, bool (N, H, W); None = all.
-        temperature: Divides both sets of logits; above 1 softens.
-        published: Whether to use the published form of the divergence, see `saliency_kld`.
+        temperature: Divides both sets of logits; above 1 softens the distributions.
+        published: Whether to use the published form.
 
     Returns:
-        Scalar, the mean over the images with a valid pixel; 0 with a zero gradient if there are no
-        such images.
+        Scalar, the mean over the images with a valid pixel; 0 with a zero gradient if none has one.
     """
     check_pair("saliency_maps", student, teacher, dimensions=4)
     _one_channel("saliency_maps", student, "student")
@@ -126,17 +122,14 @@ def _sigmoid(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _density(logits: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax of the logits over the included pixels, (N, 1, H * W).
-
-    Excluded pixels are 0. Infinite logits give NaN, so that training stops at them.
-    """
-    rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)
+    """Softmax of the logits over the included pixels, (N, 1, H * W), 0 at excluded pixels."""
+    rows = logits.flatten(2).to(dtype).masked_fill(~places, 0.0)  # NaN below for infinite logits
     density = masked_log_softmax(logits, places, 1.0, dtype).exp()
     return density.masked_fill(~places, 0.0) + 0.0 * rows
 
 
 def _published(truth: Tensor, maps: Tensor) -> Tensor:
-    """Published form of the divergence of maps (N, 1, P), normalised by their sum: (N, 1, 1)."""
+    """Published divergence of maps (N, 1, P), each divided by its sum: (N, 1, 1)."""
     q, p = (one / (EPS + one.sum(dim=2, keepdim=True)) for one in (truth, maps))
     return (q * (EPS + q / (EPS + p)).log()).sum(dim=2, keepdim=True)
 

@@ -29,30 +29,25 @@ def masked_bce(
     valid: Tensor | None = None,
     hidden_weight: float = 5.0,
 ) -> Tensor:
-    """Binary cross-entropy of pixel logits, averaged separately inside and outside a hidden region.
+    """Binary cross-entropy of pixels, averaged separately inside and outside a hidden region.
 
-    For each of the K inputs the mean entropies inside and outside the region are combined as
-    `(w * inside + outside) / (w + 1)`. If the region or the rest has no pixels, the other mean is
-    used alone. The loss is the mean over inputs, so that the losses of micro-batches can be
-    averaged to that of the whole batch.
+    The means of each of the K inputs are combined as `(w * inside + outside) / (w + 1)`. If the
+    region or the rest has no pixels, the other mean is used alone. The loss is the mean over
+    inputs, so that losses of micro-batches can be averaged. It is 0 with a zero gradient if K is 0.
 
     Args:
-        logits: Logit of each class and pixel, (K, C, H, W).
+        logits: Class logits, (K, C, H, W).
         targets: Whether the class covers the pixel, bool (K, C, H, W); classes may overlap.
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the image as opposed to padding, bool (K, H, W). At other pixels the logits
-            need not be finite.
+        valid: False at padding, bool (K, H, W), where logits need not be finite; None = all True.
         hidden_weight: Weight w of the hidden region.
-
-    Returns:
-        Scalar, the mean over K; 0 with a zero gradient if K is 0.
     """
     _check_presence("masked_bce", logits, targets, dimensions=4)
     _check_regions("masked_bce", logits, hidden, valid, hidden_weight)
     if valid is not None:
         logits = _ZeroGradient.apply(logits, ~valid[:, None])
-    # By -log sigmoid(x) = softplus(x) - x, targets need not be converted from bool to float, which
-    # would take most of the memory.
+    # Since -log sigmoid(x) = softplus(x) - x, targets need no conversion to float, which would take
+    # most of the memory.
     dtype = wide_dtype(logits)
     present = logits.masked_fill(~targets, 0.0).sum(dim=1, dtype=dtype)
     entropy = (F.softplus(logits).sum(dim=1, dtype=dtype) - present) / logits.shape[1]  # (K, H, W)
@@ -91,19 +86,17 @@ def masked_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of one class per pixel, averaged separately inside and outside a hidden region.
 
-    The two means are combined as in `masked_bce`. With class weights both are weighted means,
-    divided by the sum of the pixels' weights as in torch's cross-entropy.
+    The two means are combined as in `masked_bce`. With class weights each mean is divided by the
+    sum of its pixels' weights, as in torch's cross-entropy. The loss is the mean over K; 0 if K is
+    0.
 
     Args:
-        logits: Logit of each class and pixel, (K, C, H, W).
-        targets: The class of each pixel, int64 (K, H, W).
+        logits: Class logits, (K, C, H, W).
+        targets: Class of each pixel, int64 (K, H, W).
         hidden: The hidden region, bool (K, H, W).
-        valid: Pixels of the image as opposed to padding, bool (K, H, W).
-        class_weights: Weight of each class, above 0, (C,).
+        valid: False at padding, bool (K, H, W); None = all True.
+        class_weights: Weight of each class, above 0, (C,); None = 1.
         hidden_weight: Weight of the hidden region; the weight of the rest is 1.
-
-    Returns:
-        Scalar, the mean over K; 0 if K is 0.
     """
     name = "masked_cross_entropy"
     _check_regions(name, logits, hidden, valid, hidden_weight)
@@ -133,17 +126,15 @@ def multilabel_bce(
     known: Tensor | None = None,
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy of the presence of each class in an image, from logits.
+    """Binary cross-entropy of which classes are present in an image, from logits.
+
+    The loss is the mean over classes and images; it is 0 with a zero gradient without images.
 
     Args:
-        logits: Logit of each class, (N, C).
+        logits: Class logits, (N, C).
         targets: Which classes are present, bool (N, C).
-        known: Images whose labels are used, bool (N,); None = all.
-        pos_weight: Weight of the presence of each class, (C,); the weight of its absence is 1.
-
-    Returns:
-        Scalar, the mean over these images and all classes; 0 with a zero gradient if there are
-        none.
+        known: Images with labels, bool (N,); others are excluded. None = all.
+        pos_weight: Weight of a class's presence, (C,); the weight of its absence is 1.
     """
     name = "multilabel_bce"
     _check_presence(name, logits, targets, dimensions=2)
@@ -183,7 +174,7 @@ def _check_presence(name: str, logits: Tensor, targets: Tensor, *, dimensions: i
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """Identity whose gradient at excluded pixels is 0 rather than 0 times NaN."""
+    """Identity whose gradient is 0 at excluded pixels, even if the upstream gradient is NaN."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, excluded: Tensor) -> Tensor:
@@ -199,15 +190,12 @@ class _ZeroGradient(torch.autograd.Function):
 def cross_entropy_labelled(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of the labelled objects.
+    """Cross-entropy averaged over the labelled objects; 0 with a zero gradient if there are none.
 
     Args:
         logits: Logits or log-probabilities, (M, C).
         labels: Class of each object, int64 (M,); -1 if unlabelled.
-        label_smoothing: Fraction of the target distribution that is spread over all classes.
-
-    Returns:
-        Scalar, the mean over the labelled objects; 0 with a zero gradient if there are none.
+        label_smoothing: Fraction of the target probability that is spread evenly over all classes.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise UserError(
