@@ -92,7 +92,7 @@ class _Distances(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients: twice the difference for the student, and minus this for the teacher."""
+        """Return twice the difference for the student, and the negative of that for the teacher."""
         student, teacher, outside = ctx.saved_tensors
         gap = student.to(ctx.dtype) - teacher
         gap.mul_(2 * upstream[:, None]).masked_fill_(outside[:, None], 0.0)

@@ -1,1 +1,1 @@
-"""Metrics, and intervals of paired differences."""
+"""Metrics, with confidence intervals of values and of paired differences."""

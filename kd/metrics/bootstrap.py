@@ -1,6 +1,6 @@
 """Confidence intervals over seeds (would another training repeat the gain?) and over images.
 
-Objects of one image share its scene, so whole images are resampled, not objects.
+Whole images are resampled rather than objects, because objects of one image are correlated.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from scipy import stats
 from kd.errors import UserError
 
 Array = NDArray[Any]
-SAMPLES = 2000  # resamples
-_LEVEL = 0.95  # coverage of intervals
-_COUNTS_AT_ONCE = 4_000_000  # resampled images in memory
+SAMPLES = 2000  # bootstrap resamples
+_LEVEL = 0.95  # coverage of the intervals
+_COUNTS_AT_ONCE = 4_000_000  # image counts in memory
 
 
 class Interval(NamedTuple):
-    """A mean and the bounds of its interval, NaN where they cannot be estimated."""
+    """A mean with the lower and upper bounds of its interval; bounds are NaN if unknown."""
 
     mean: float
     low: float
@@ -34,14 +34,14 @@ class Interval(NamedTuple):
 
 
 def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Interval:
-    """Student's 95 % t interval of a mean difference, one difference per seed.
+    """Compute Student's 95 % t interval of the mean difference, given one difference per seed.
 
     Raises:
         UserError: Fewer than two seeds; use `paired_bootstrap` over images instead.
     """
     array = np.asarray(differences, dtype=np.float64)
     if array.ndim != 1 or len(array) < 2:
-        raise UserError(f"an interval over seeds needs at least two of them, got {array.size}")
+        raise UserError(f"an interval over seeds needs at least two seeds, got {array.size}")
     mean = float(array.mean())
     error = float(array.std(ddof=1)) / np.sqrt(len(array))
     reach = float(stats.t.ppf((1 + _LEVEL) / 2, df=len(array) - 1)) * error
@@ -51,32 +51,32 @@ def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Inter
 def paired_bootstrap(
     a: Array, b: Array, groups: Array, *, classes: Array | None = None
 ) -> Interval:
-    """95 % percentile interval of mean(b) - mean(a), images resampled with replacement.
+    """Compute mean(b) - mean(a) with its 95 % percentile interval over resampled images.
 
-    Efron and Tibshirani, 1993, chapter 13; both runs get the same whole images (clusters).
+    Whole images are resampled with replacement, the same for both runs (Efron and Tibshirani, 1993,
+    chapter 13). The bounds are NaN if all objects belong to one image.
 
     Args:
-        a: (K,) value of each object in the first run: 1 if it is correct, or its NLL.
-        b: (K,) the same objects in the second run.
+        a: (K,) value of each object in the first run, such as correctness (0 or 1) or NLL.
+        b: (K,) values of the same objects in the second run.
         groups: (K,) image of each object.
-        classes: (K,) labels: average the means of the classes; classes that a resample lacks are
-            ignored.
-
-    Returns:
-        The observed difference and its bounds, NaN where all objects are of one image.
+        classes: (K,) class labels, to average the means of the classes rather than all objects;
+            classes missing from a resample are ignored.
 
     Raises:
-        UserError: No object, or arrays of different lengths.
+        UserError: No objects, or arrays of different lengths.
     """
     lengths = {len(part) for part in (a, b, groups, a if classes is None else classes)}
     if len(lengths) > 1 or not len(a):
-        raise UserError(f"a paired comparison needs the same objects twice, got {sorted(lengths)}")
+        raise UserError(
+            f"a paired comparison needs the same objects twice, got {sorted(lengths)} objects"
+        )
     support, (sums_a, sums_b) = _per_image(groups, classes, (a, b))
 
     def difference(counts: Array) -> NDArray[np.float64]:
         drawn = counts @ support  # (R, cells)
         gap = counts @ (sums_b - sums_a)
-        with np.errstate(invalid="ignore"):  # 0 / 0: the resample lacks the class
+        with np.errstate(invalid="ignore"):  # 0 / 0 if the class is missing from the resample
             return np.asarray(np.nanmean(gap / drawn, axis=1), dtype=np.float64)
 
     return drawn_again(difference, len(support))
@@ -85,12 +85,10 @@ def paired_bootstrap(
 def drawn_again(
     number: Callable[[NDArray[np.float64]], NDArray[np.float64]], images: int
 ) -> Interval:
-    """95 % percentile interval of a metric that is a function of the images' weights.
+    """Compute a metric with its 95 % percentile interval over resampled images.
 
-    Args:
-        number: Function from weights (R, images), how often each image was drawn, to the metric
-            (R,). NaN values, as of a resample that lacks a class, are ignored.
-        images: Number of images; with fewer than two the bounds are NaN.
+    `number` maps weights (R, images), how often each image was drawn, to the metric (R,); NaN
+    values are ignored. With fewer than two `images` the bounds are NaN.
     """
     mean = float(number(np.ones((1, images)))[0])
     if images < 2:
@@ -102,10 +100,10 @@ def drawn_again(
 def percentiles(
     mean: float, drawn: NDArray[np.floating[Any]], *, centred: bool = False
 ) -> Interval:
-    """An observed value with 95 % percentile bounds from its resamples (R,) that are not NaN.
+    """Combine an observed value with the 95 % percentile bounds of its resamples `drawn` (R,).
 
-    `centred` subtracts the resamples' bias from the bounds: average precision is larger where
-    images repeat and rare classes are absent.
+    NaN resamples are ignored. `centred` subtracts the resamples' bias from the bounds: resampled
+    average precision is too large, because images repeat and rare classes are missing.
     """
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
@@ -117,14 +115,14 @@ def percentiles(
 
 
 def bootstrap(values: Array, groups: Array, *, classes: Array | None = None) -> Interval:
-    """95 % percentile interval of one run's mean; arguments as `paired_bootstrap`."""
+    """95 % percentile interval of one run's mean; same arguments as `paired_bootstrap`."""
     return paired_bootstrap(np.zeros(len(values)), values, groups, classes=classes)
 
 
 def _per_image(
     groups: Array, classes: Array | None, runs: Sequence[Array]
 ) -> tuple[Array, list[Array]]:
-    """Number of objects per image and class, and the sum of each run's values over them."""
+    """Count the objects of each image and class, and sum each run's values over them."""
     images, group = np.unique(groups, return_inverse=True)
     columns, cell = np.unique(
         np.zeros(len(groups)) if classes is None else classes, return_inverse=True
@@ -138,9 +136,9 @@ def _per_image(
 
 
 def resamples(images: int) -> Iterator[NDArray[np.float64]]:
-    """Yield how often each image is drawn, (R, images) at a time.
+    """Yield how often each image is drawn, as float64 (R, images), until `SAMPLES` rows are made.
 
-    Runs on the same number of images get the same draws, so that they can be subtracted.
+    Draws depend on the number of images only, so that resamples of two runs can be subtracted.
     """
     generator = np.random.default_rng(0)
     block = max(1, _COUNTS_AT_ONCE // images)

@@ -1,8 +1,7 @@
 """Metrics of class probabilities: top-n, per class, confusable classes, by size, calibration.
 
-Everything here is a function of *records* (`kd.problems.objects.metric`), the arrays of a
-`predictions.npz`. A metric is a mean over objects, or a mean over classes of such means: the
-contribution of each object gives the value, its interval and comparisons.
+All functions take records (`kd.problems.objects.metric`), the arrays of a `predictions.npz`. Most
+metrics are a mean over objects, or a mean over classes of such means.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from kd.metrics.records import Array, Records
 
 TOPS = (1, 3, 5, 10, 20)
 CALIBRATION_BINS = 15
-# Area of the hidden region as a fraction of the image, lower bound included; each has about a
-# quarter of COCO's objects of 0.15 to 30 %.
+# Area of the hidden region as a fraction of the image, lower bound included; each bin has about a
+# quarter of COCO's objects with fractions of 0.15 to 30 %.
 FRACTION_BINS = {
     "tiny": (0.0, 0.005),
     "small": (0.005, 0.02),
@@ -39,30 +38,29 @@ BINS = {"fraction": FRACTION_BINS, "visible": VISIBLE_BINS}
 
 
 class Reliability(NamedTuple):
-    """Accuracy by confidence: the non-empty bins of a reliability diagram."""
+    """Accuracy by confidence in the non-empty bins of a reliability diagram."""
 
-    confidence: Array  # (B,) mean of the bin's objects
+    confidence: Array  # (B,) mean over the bin's objects
     accuracy: Array  # (B,)
-    objects: Array  # (B,) how many
+    objects: Array  # (B,) number of objects
 
 
 def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
-    """Rank of each row's true class, 0 = first.
+    """Compute the rank of each row's true class, (K,); 0 is best.
 
-    The number of classes with a strictly higher score, plus half of the other classes that tie with
-    it, rounded up. A constant scorer therefore has no correct prediction, and the average rank of
-    chance.
+    The rank is the number of classes with a higher score, plus half the number of tied other
+    classes, rounded up. A constant prediction is therefore never correct.
 
     Args:
         scores: (K, C), higher is better.
-        labels: (K,) in 0..C-1.
+        labels: (K,), 0..C-1.
 
     Raises:
         UserError: A score is NaN.
     """
     if np.isnan(scores).any():
         row = int(np.flatnonzero(np.isnan(scores).any(axis=1))[0])
-        raise UserError(f"scores: row {row} is NaN; a rank cannot be taken")
+        raise UserError(f"scores: row {row} contains NaN and cannot be ranked")
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     ahead = (scores > own).sum(axis=1)
     tied = (scores == own).sum(axis=1) - 1
@@ -70,7 +68,7 @@ def ranks(scores: Array, labels: Array) -> NDArray[np.int64]:
 
 
 def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> Reliability:
-    """Mean confidence (the largest probability) and accuracy in bins of equal width."""
+    """Compute mean confidence (largest probability) and accuracy in bins of equal width."""
     confidence = np.exp(log_probs.astype(np.float64)).max(axis=1)
     correct = ranks(log_probs, labels) == 0
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
@@ -82,9 +80,9 @@ def reliability(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS
 
 
 def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error: mean |confidence - accuracy|, bins weighted by their objects.
+    """Expected calibration error (Guo et al., 2017, https://arxiv.org/abs/1706.04599).
 
-    Guo et al., 2017, https://arxiv.org/abs/1706.04599.
+    It is the mean of |confidence - accuracy| over the bins, weighted by their numbers of objects.
     """
     points = reliability(log_probs, labels, bins=bins)
     gaps = np.abs(points.confidence - points.accuracy)
@@ -92,7 +90,7 @@ def calibration_error(log_probs: Array, labels: Array, *, bins: int = CALIBRATIO
 
 
 def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
-    """Index of each class's group, (C,); -1 for a class without others in its group."""
+    """Number the groups of classes that share a name, (C,); -1 for classes without a group."""
     shared = sorted({name for name in names if name is not None and names.count(name) > 1})
     number = {name: place for place, name in enumerate(shared)}
     return np.array(
@@ -101,7 +99,7 @@ def confusable_groups(names: Sequence[str | None]) -> NDArray[np.int64]:
 
 
 def prior_records(records: Records) -> Records | None:
-    """Copy the records with the class prior as every prediction; None if the prior is unknown."""
+    """Replace every prediction by the class prior; return None if the records have no prior."""
     if "prior" not in records:
         return None
     log_prior = np.log(records["prior"].astype(np.float64))
@@ -120,13 +118,13 @@ def _nll(records: Records) -> Array:
 
 
 def _topn_auc(records: Records) -> Array:
-    # The mean of the top-n curve over n = 1..C, taken object by object.
+    # The mean over objects equals the mean of the top-n curve over n = 1..C.
     places = ranks(records["log_probs"], records["labels"])
     return np.asarray(1.0 - places / records["log_probs"].shape[1], dtype=np.float64)
 
 
 def _groups(records: Records) -> Array:
-    """Group of confusable classes of each class, (C,); -1 for none."""
+    """Confusable group of each class, (C,); -1 for none."""
     return records.get("confusable", np.full(records["log_probs"].shape[1], -1))
 
 
@@ -149,8 +147,7 @@ def _top1_in_bin(records: Records, kind: str, name: str) -> Array:
     return np.where((of_objects >= low) & (of_objects < high), _top(records, 1), np.nan)
 
 
-# Metric -> contribution of each object, (K,), NaN where the object does not count, which never
-# depends on the scores.
+# Metric -> value of each object, (K,). It is NaN for excluded objects, whatever their scores.
 _MEASURES: dict[str, Callable[[Records], Array]] = {
     "mean_class_top1": lambda records: _top(records, 1),
     "topn_auc": _topn_auc,
@@ -165,11 +162,11 @@ _MEASURES: dict[str, Callable[[Records], Array]] = {
         for name in bins
     },
 }
-_BY_CLASS = "mean_class_top1"  # a mean over classes of the means of their objects
+_BY_CLASS = "mean_class_top1"  # a mean over classes, not over objects
 
 
 def bin_title(kind: str, name: str) -> str:
-    """Name of a bin of `BINS` for axes and tables, with its bounds on a second line."""
+    """Title of a bin in `BINS` for axes and tables; size bins have bounds on a second line."""
     if kind == "visible":
         return name.replace("over", "over ").replace("-", " to ")
     low, high = (100 * bound for bound in FRACTION_BINS[name])
@@ -178,9 +175,7 @@ def bin_title(kind: str, name: str) -> str:
 
 
 def measure(records: Records, name: str) -> Array | None:
-    """Value of each object in the mean `name`, (K,); None if no object counts for it.
-
-    Objects that do not count have NaN.
+    """Compute each object's value of a metric, (K,); NaN for excluded objects, None if all are.
 
     Raises:
         UserError: The metric is unknown, or is not a mean over objects (`ece`).
@@ -195,7 +190,7 @@ def measure(records: Records, name: str) -> Array | None:
 
 
 def value(records: Records, name: str) -> float | None:
-    """The metric `name` of these records; None where no object counts for it."""
+    """Compute a metric of the records; None if it is undefined for all objects."""
     if name == "ece":
         return calibration_error(records["log_probs"], records["labels"])
     if (found := measure(records, name)) is None:
@@ -208,7 +203,7 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % interval over images; None for `ece` or where no object counts."""
+    """A metric with its 95 % interval over images; None for `ece` or if undefined."""
     if name == "ece" or (found := measure(records, name)) is None:
         return None
     there = ~np.isnan(found)
@@ -217,7 +212,7 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric minus that of a twin on the same objects; `ece` has no bounds."""
+    """A metric minus that of the paired run `twin` on the same objects; no bounds for `ece`."""
     if name == "ece":
         own, other = (calibration_error(r["log_probs"], r["labels"]) for r in (records, twin))
         return Interval(own - other, float("nan"), float("nan"))
@@ -231,10 +226,8 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def chance(records: Records, name: str) -> float | None:
-    """The metric `name` of uniform random guesses at these objects; None where it is undefined.
-
-    Exact, unlike `ranks` of tied scores, which puts the true class in the middle of the ties.
-    """
+    """Expected metric of uniformly random guesses on the same objects; None if undefined."""
+    # Exact, unlike `ranks` of constant scores, which places the true class in the middle.
     if value(records, name) is None or name == "ece":
         return None
     num_classes = int(records["log_probs"].shape[1])
@@ -250,19 +243,19 @@ def chance(records: Records, name: str) -> float | None:
 
 
 def curve(records: Records) -> NDArray[np.float64]:
-    """Fraction of the objects whose true class is among the first n, for n = 1..C: (C,)."""
+    """Compute the top-n accuracies for n = 1..C: (C,)."""
     places = ranks(records["log_probs"], records["labels"])
     counts = np.bincount(places, minlength=records["log_probs"].shape[1])
     return np.asarray(np.cumsum(counts) / max(len(places), 1), dtype=np.float64)
 
 
 def evaluate(records: Records) -> dict[str, float]:
-    """Every metric that these records allow, and those of the prior as `prior_<metric>`.
+    """Compute all metrics that the records allow, and those of the class prior as `prior_<metric>`.
 
-    `top1` .. `top20` (up to C), `mean_class_top1` over the classes that occur, `topn_auc` (area
-    under the top-n curve: 1 is perfect, about a half chance), `nll` (nats), `ece` (15 equal bins),
-    `confusable_top1`, `confusable_pair_top1` (the choice within the group only),
-    `fraction/<bin>_top1`, `visible/<bin>_top1`, `count`.
+    They are `top1` to `top20` (up to C), `mean_class_top1` over the classes that occur, `topn_auc`
+    (area under the top-n curve: 1 is perfect, 0.5 about chance), `nll` (nats), `ece` (15 bins),
+    `confusable_top1`, `confusable_pair_top1` (among the classes of the true class's group),
+    `fraction/<bin>_top1`, `visible/<bin>_top1` and the number of objects, `count`.
     """
     names = [f"top{n}" for n in TOPS] + list(_MEASURES)
     found = {name: value(records, name) for name in [*names, "ece"]}

@@ -1,8 +1,8 @@
-"""COCO's average precision of boxes, matched once and averaged over any weighting of the images.
+"""COCO's average precision of boxes, as a function of image weights.
 
-The numbers are those of pycocotools' `COCOeval` (Lin et al., 2014, https://arxiv.org/abs/1405.0312;
-a test compares them). Evaluating the same boxes again is fast: overlaps are computed once, and each
-fold or bootstrap resample is a column of image weights.
+The results equal those of pycocotools' `COCOeval` (Lin et al., 2014,
+https://arxiv.org/abs/1405.0312), which a test checks. Overlaps are computed once, and each fold or
+bootstrap resample is a column of image weights, so that repeated evaluation is fast.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 RECALLS = np.linspace(0.0, 1.0, 101)
-# COCO's steps are sums of 0.01; rounding makes some, such as 0.35, larger than 35 / 100.
+# COCO's recalls are sums of 0.01; rounding makes some, such as 0.35, larger than 35 / 100.
 _ROUNDED_UP = np.arange(101) / 100 < RECALLS
-_CACHED_CELLS = 300_000  # numbers that fit a processor's cache
-_FEW = 8  # columns of weights up to which a cumulative sum beats a sparse product
+_CACHED_CELLS = 300_000  # numbers that fit into the processor's cache
+_FEW = 8  # weight columns up to which a cumulative sum is faster than a sparse product
 
 
 def average_precision(
     hit: Bools, counted: Bools, image: Ints, weights: Floats, objects: Floats
 ) -> Floats:
-    """COCO's 101-point interpolated average precision, (R, T); NaN where there are no objects.
+    """Compute COCO's 101-point interpolated AP, (R, T); NaN where there are no objects.
 
     Args:
-        hit: (T, D) correct detections, in falling order of score.
-        counted: (T, D) detections that count, correct or not.
+        hit: (T, D) correct detections at each IoU threshold, by descending score.
+        counted: (T, D) detections that are not ignored.
         image: (D,) image of each detection.
-        weights: (I, R) how often each image counts.
+        weights: (I, R) weight of each image in each resample.
         objects: (R,) number of objects.
     """
     result = np.full((weights.shape[1], len(hit)), np.nan)
     right = hit & counted
-    same: dict[bytes, list[int]] = {}  # thresholds at which the same detections count
+    same: dict[bytes, list[int]] = {}  # thresholds with the same detections in `counted`
     for threshold, mask in enumerate(counted):
         same.setdefault(mask.tobytes(), []).append(threshold)
     for thresholds in same.values():
@@ -62,7 +62,7 @@ def average_precision(
 
 
 def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
-    """Fraction of the objects that are found, (R, T); arguments as `average_precision`."""
+    """Compute the fraction of objects found, (R, T); same arguments as `average_precision`."""
     threshold, place = np.nonzero(hit)
     found = _times(threshold, image[place], len(hit), weights)  # (T, R)
     fractions = np.full(found.shape, np.nan)
@@ -71,16 +71,13 @@ def recall(hit: Bools, image: Ints, weights: Floats, objects: Floats) -> Floats:
 
 
 def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> Floats:
-    """Weighted number of detections up to and including each of the given ones, (n, R).
+    """Sum the image weights of all counted detections up to each given one, (n, R).
 
-    Args:
-        counted: (D,) detections that count.
-        places: (n,) indices of detections, ascending.
-        image: (D,) image of each detection.
-        weights: (I, R) how often each image counts.
+    `counted` is (D,), `places` (n,) ascending indices of detections, `image` (D,) the image of each
+    detection, and `weights` (I, R).
     """
     rows = np.flatnonzero(counted)
-    if weights.shape[1] <= _FEW:  # building a matrix takes longer than using it
+    if weights.shape[1] <= _FEW:
         sums = np.cumsum(weights[image[rows]], axis=0)
         return np.asarray(sums[np.searchsorted(rows, places, side="right") - 1])
     next_place = np.searchsorted(places, rows)
@@ -89,7 +86,7 @@ def sums_before(counted: Bools, places: Ints, image: Ints, weights: Floats) -> F
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of the columns, each small enough that `rows` times its width stays in the cache."""
+    """Yield slices of the columns such that `rows` times a slice's width fits into the cache."""
     step = max(1, _CACHED_CELLS // max(1, rows))
     for start in range(0, columns, step):
         yield slice(start, start + step)
@@ -104,18 +101,16 @@ def _times(row: Ints, column: Ints, rows: int, weights: Floats) -> Floats:
 
 
 def _area_below(hits: Floats, detections: Floats, objects: Floats) -> Floats:
-    """Mean over recalls of the best precision at that recall or above, (R,).
+    """Mean over the 101 recalls of the best precision at each recall or above, (R,).
 
-    Args:
-        hits: (n, R) correct detections up to each correct one.
-        detections: (n, R) all detections up to there.
-        objects: (R,).
+    `hits` and `detections` (n, R) count correct and all detections up to each correct one;
+    `objects` is (R,).
     """
     if not len(hits):
         return np.zeros(len(objects))
     precision = hits / (detections + np.spacing(hits.dtype.type(1)))
     best_after = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-    # How many of the 101 recalls have been reached at each right detection.
+    # Number of the 101 recalls reached at each correct detection.
     percent = 100 * hits / np.maximum(objects, 1e-9).astype(hits.dtype)
     reached = np.floor(np.minimum(percent, 100))
     exactly = np.nonzero(percent == reached)
@@ -134,8 +129,8 @@ AREAS = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, 1e10),
 }
-MOST_PER_CLASS = 100  # detections per image and class that are evaluated, best scored first
-# Name in tables -> area range and overlap; None = mean over all ten.
+MOST_PER_CLASS = 100  # evaluated detections per image and class, by descending score
+# Name in tables -> area range and IoU threshold; None = mean over all ten.
 SUMMARY: dict[str, tuple[str, float | None]] = {
     "AP": ("all", None),
     "AP50": ("all", 0.5),
@@ -152,11 +147,11 @@ class Boxes:
     """Boxes of a dataset's images: ground truth or detections.
 
     Attributes:
-        image: (K,) int64, position of the image in ascending order of ids.
-        label: (K,) int64, 0..C-1 by ascending category id.
+        image: (K,) int64, index of the image in ascending order of image ids.
+        label: (K,) int64, 0..C-1 in ascending order of category ids.
         xywh: (K, 4) float64, pixels.
-        areas: (K,) float64, square pixels: of the segment where there is one.
-        crowd: (K,) bool, a region of many objects; detections in it are ignored.
+        areas: (K,) float64, square pixels; the segment's area if there is a segment.
+        crowd: (K,) bool, True for regions of many objects; detections in them are ignored.
     """
 
     image: Ints
@@ -172,13 +167,13 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Matches:
-    """Correct and ignored detections by area range (A) and overlap (T), for one set of scores.
+    """Correct and ignored detections by area range (A) and IoU threshold (T), for given scores.
 
     Attributes:
-        order: (D,) detections in falling order of score, ties by image, then as in the file.
-        hit: (A, T, D) bool, in the detections' own order; (D,) for VOC.
-        ignored: As `hit`: neither correct nor wrong, since matched to a crowd (VOC: a difficult
-            object) or to an object of another size.
+        order: (D,) indices of detections by descending score; ties by image, then as in the file.
+        hit: (A, T, D) bool, correct, in the original order of detections; (D,) for VOC.
+        ignored: Same shape as `hit`: neither correct nor wrong, because the detection matches a
+            crowd (VOC: a difficult object) or an object outside the area range.
     """
 
     order: Ints
@@ -188,21 +183,21 @@ class Matches:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Groups (one image, one class) that are matched at once."""
+    """Groups (one image and one class each) that are matched together."""
 
-    overlaps: list[Floats]  # of each group (candidates, objects)
-    rows: list[Ints]  # detections that overlap an object enough to be correct
+    overlaps: list[Floats]  # by group, (candidates, objects)
+    rows: list[Ints]  # candidates: detections that overlap an object enough to be correct
     objects: list[Ints]
 
 
 class MeanAP:
-    """COCO's average precision of one set of boxes under any scores.
+    """COCO's average precision of one set of detections, which can be scored repeatedly.
 
     Args:
-        truth: All objects, crowds included.
+        truth: All objects, including crowds.
         found: The detections.
-        images: I, the number of images.
-        classes: C.
+        images: Number of images, I.
+        classes: Number of classes, C.
     """
 
     def __init__(self, truth: Boxes, found: Boxes, images: int, classes: int) -> None:
@@ -212,13 +207,13 @@ class MeanAP:
         self._outside = (found.areas < limits[:, 0]) | (found.areas > limits[:, 1])  # (A, D)
         self._group = found.image * classes + found.label
         self._chunks = list(self._chunked())
-        # (C, A, I) objects that can be found
+        # Number of objects that are not ignored, (C, A, I).
         self.support = np.zeros((classes, len(AREAS), images))
         for area, left_out in enumerate(self._left_out):
             np.add.at(self.support[:, area], (truth.label[~left_out], truth.image[~left_out]), 1)
 
     def match(self, scores: Floats, *, areas: int = len(AREAS)) -> Matches:
-        """Match detections with these scores (D,) to objects, for the first `areas` of `AREAS`."""
+        """Match detections to objects by their scores (D,), for the first `areas` area ranges."""
         order = np.lexsort((np.arange(len(scores)), self.found.image, -scores))
         place = np.empty(len(scores), np.int64)
         place[order] = np.arange(len(scores))
@@ -232,12 +227,10 @@ class MeanAP:
         return Matches(order, hit, ignored)
 
     def average(self, matches: Matches, weights: Array | None = None) -> Floats:
-        """Average precision (R, A, T, C) in the A matched ranges; NaN for classes without objects.
+        """Compute AP (R, A, T, C) in the A matched area ranges; NaN for classes without objects.
 
-        Args:
-            matches: From `match`.
-            weights: (R, I) how often each image counts: 0 or 1 for folds, drawn counts for a
-                bootstrap; float32 takes half the time. None counts each image once.
+        `weights` (R, I) is the weight of each image in each resample: 0 or 1 for folds, counts for
+        a bootstrap; None = 1. With float32 it takes half the time.
         """
         areas = len(matches.hit)
         columns = self._columns(weights)
@@ -256,13 +249,10 @@ class MeanAP:
     def recall(
         self, matches: Matches, weights: Array | None = None, *, area: str = "all", most: int = 100
     ) -> Floats:
-        """Recall of objects in one area range, (R, T, C); its mean over T and C is COCO's AR.
+        """Compute recall in one matched area range, (R, T, C); the mean over T and C is COCO's AR.
 
-        Args:
-            matches: From `match`.
-            weights: As in `average`.
-            area: One of `AREAS` that was matched.
-            most: Detections per image and class that count, the best scored first.
+        `most` limits the detections per image and class, by descending score. For `weights` see
+        `average`.
         """
         columns, place = self._columns(weights), list(AREAS).index(area)
         whole = self.support[:, place].astype(columns.dtype) @ columns  # objects, (C, R)
@@ -275,13 +265,13 @@ class MeanAP:
         return result
 
     def _columns(self, weights: Array | None) -> Floats:
-        """Return weights as columns, (I, R); None means that each image counts once."""
+        """Transpose weights to (I, R); None gives each image the weight 1."""
         weights = np.ones((1, self.images)) if weights is None else np.asarray(weights)
         dtype = np.float32 if weights.dtype == np.float32 else np.float64
         return np.ascontiguousarray(weights.T, dtype=dtype)
 
     def _by_class(self, order: Ints) -> Iterator[tuple[int, Ints]]:
-        """Yield each class with the indices of its detections in falling order of score."""
+        """Yield each class with the indices of its detections by descending score."""
         labels = self.found.label[order]
         by_class = np.argsort(labels, kind="stable")
         bounds = np.searchsorted(labels[by_class], np.arange(self.classes + 1))
@@ -289,7 +279,7 @@ class MeanAP:
             yield label, order[by_class[start:end]]
 
     def _chunked(self) -> Iterator[_Chunk]:
-        """Groups with at least one candidate detection, by ascending number of objects."""
+        """Yield chunks of the groups that have a candidate detection, fewest objects first."""
         groups = shared_groups(self.found, self.truth, self.classes)
         chunk, cells = _Chunk([], [], []), 0
         for rows, objects in sorted(groups, key=lambda group: len(group[1])):
@@ -309,7 +299,7 @@ class MeanAP:
             yield chunk
 
     def _match_chunk(self, chunk: _Chunk, place: Ints, hit: Bools, ignored: Bools) -> None:
-        """Match the k-th best candidates of all groups at once, for k = 0, 1, ..."""
+        """Match the k-th best candidates of all groups together, for k = 0, 1, ..."""
         sorted_rows = [np.argsort(place[rows]) for rows in chunk.rows]
         most = max(map(len, chunk.objects))
         areas = len(hit)
@@ -334,7 +324,7 @@ class MeanAP:
             free[groups[b], a, t, taken[b, a, t]] = False
 
     def _beyond(self, order: Ints, most: int) -> Ints:
-        """Detections that are not among the `most` best of their image and class."""
+        """Return detections that are not among the `most` best of their image and class."""
         groups = self._group[order]
         by_group = np.argsort(groups, kind="stable")
         ordered = groups[by_group]
@@ -343,7 +333,7 @@ class MeanAP:
 
 
 def summary(averages: Floats) -> dict[str, Floats]:
-    """COCO's summary metrics by name, (R,) each, from `MeanAP.average`; NaN without objects."""
+    """Compute COCO's summary metrics from `MeanAP.average`: name -> (R,), NaN without objects."""
     ranges = list(AREAS)[: averages.shape[1]]
     found = {}
     for name, (area, threshold) in SUMMARY.items():
@@ -357,14 +347,14 @@ def summary(averages: Floats) -> dict[str, Floats]:
 
 
 def mean_of_known(values: Floats, *, axis: int | tuple[int, ...] = -1) -> Floats:
-    """Mean of the values that are not NaN, as of AP over classes with objects; NaN if all are."""
+    """Mean of the values that are not NaN; NaN if all are NaN."""
     known = ~np.isnan(values)
     total, count = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def shared_groups(found: Boxes, truth: Boxes, classes: int) -> Iterator[tuple[Ints, Ints]]:
-    """Rows of the detections and of the objects of each image and class that has both."""
+    """Yield the indices of detections and objects for each image and class that has both."""
     keys = [boxes.image * classes + boxes.label for boxes in (found, truth)]
     orders = [np.argsort(key, kind="stable") for key in keys]
     shared = np.intersect1d(keys[0], keys[1])
@@ -378,15 +368,18 @@ def shared_groups(found: Boxes, truth: Boxes, classes: int) -> Iterator[tuple[In
 
 
 def _take(overlaps: Floats, free: Bools, left_out: Bools) -> tuple[Ints, Bools]:
-    """Object that the next detection of each group matches (-1: none), and whether it is ignored.
+    """Match the next detection of each group to an object, like COCO.
 
-    The largest overlap among free objects wins, the later one at ties; ignored objects (crowds,
-    other sizes) only where no other fits.
+    The free object with the largest overlap is matched, the last one of ties. Ignored objects
+    (crowds, other sizes) are matched only if no other object fits.
 
     Args:
         overlaps: (B, G), -1 where there is no object.
-        free: (B, A, T, G).
-        left_out: (B, A, G).
+        free: (B, A, T, G), objects not matched yet.
+        left_out: (B, A, G), ignored objects.
+
+    Returns:
+        The object's index or -1, and whether the detection is ignored, both (B, A, T).
     """
     enough = np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
     possible = free & (overlaps[:, None, None] >= enough)

@@ -1,8 +1,8 @@
 """Accuracy by class, and confusions compared with those that the class prior explains.
 
-Forks taken for persons mean little where every third object is a person; forks taken for knives do.
-Each confusion comes with the fraction expected from the class prior alone, and the *lift*: how many
-times more often it was predicted.
+Predicting "person" for a fork means little if every third object is a person; predicting "knife"
+does. Each confusion therefore has the fraction expected from the class prior, and the lift, which
+is the observed fraction divided by the expected one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Confusion:
     true: int
     predicted: int
     count: int
-    fraction: float  # of the objects of `true`
-    expected: float  # fraction of predictions drawn from the class prior
+    fraction: float  # of the objects of class `true`
+    expected: float  # the prior of class `predicted`
 
     @property
     def lift(self) -> float:
@@ -34,22 +34,22 @@ class Confusion:
 
     @property
     def excess(self) -> float:
-        """Number of objects beyond the expected number."""
+        """Observed number of objects minus the number expected from the prior."""
         return self.count * (1 - self.expected / self.fraction)
 
 
 class ClassRow(NamedTuple):
-    """Metrics of one class that occurs."""
+    """Accuracy and most frequent errors of one class."""
 
     label: int
     support: int
     top1: float
     top5: float
-    instead: tuple[Confusion, ...]  # wrong predictions, most frequent first
+    instead: tuple[Confusion, ...]  # errors, most frequent first
 
 
 def confusion_matrix(records: Records) -> NDArray[np.int64]:
-    """Number of objects by true class (row) and predicted class (column), (C, C)."""
+    """Count objects by true class (row) and predicted class (column), (C, C)."""
     num_classes = records["log_probs"].shape[1]
     cell = records["labels"].astype(np.int64) * num_classes + records["log_probs"].argmax(axis=1)
     counts = np.bincount(cell, minlength=num_classes**2)
@@ -57,9 +57,9 @@ def confusion_matrix(records: Records) -> NDArray[np.int64]:
 
 
 def confusions(records: Records, *, at_least: int = 1) -> list[Confusion]:
-    """Confused pairs of classes with `at_least` objects or more, most frequent first.
+    """List pairs of true and predicted class with at least `at_least` objects, most frequent first.
 
-    Without `prior` in the records, the class fractions of their own labels replace it.
+    If the records have no `prior`, the class fractions of their labels are used.
     """
     matrix = confusion_matrix(records)
     support = matrix.sum(axis=1)
@@ -74,13 +74,13 @@ def confusions(records: Records, *, at_least: int = 1) -> list[Confusion]:
 
 
 def beyond_prior(records: Records, *, at_least: int = 3) -> list[Confusion]:
-    """Confusions that the prior does not explain, largest excess first."""
+    """List confusions that are more frequent than the prior predicts, largest excess first."""
     found = [pair for pair in confusions(records, at_least=at_least) if pair.excess > 0]
     return sorted(found, key=lambda pair: -pair.excess)
 
 
 def per_class(records: Records, *, instead: int = 3) -> list[ClassRow]:
-    """Support, accuracy and most frequent errors of each class that occurs, largest first."""
+    """Compute support, accuracy and the `instead` most frequent errors by class, largest first."""
     places, labels = ranks(records["log_probs"], records["labels"]), records["labels"]
     num_classes = records["log_probs"].shape[1]
     support = np.bincount(labels, minlength=num_classes)

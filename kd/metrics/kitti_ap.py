@@ -1,12 +1,13 @@
 """KITTI's average precision of boxes at three difficulties, with 11 or 40 recall points.
 
-Geiger et al., 2012, https://doi.org/10.1109/CVPR.2012.6248074, as implemented by the benchmark's
-development kit; 40 points since Simonelli et al., 2019, https://arxiv.org/abs/1905.12365. Unlike
-COCO, objects choose detections, in the order of their file, and precision is computed only at the
-scores whose recalls are nearest to 0, 1/40, ... 1.
+Geiger et al., 2012, https://doi.org/10.1109/CVPR.2012.6248074, as implemented in the benchmark's
+development kit; 40 points: Simonelli et al., 2019, https://arxiv.org/abs/1905.12365. Unlike in
+COCO, objects choose detections, in file order, and precision is computed only at the scores whose
+recalls are nearest to 0, 1/40, ... 1.
 
-Differences from the kit: there, a detection below the minimum height can also match an object of
-another class. Objects of exactly the minimum height count; copies of the kit differ in that.
+There are two differences from the kit. There, a detection below the minimum height can also match
+an object of another class. Here, objects of exactly the minimum height are included; copies of the
+kit differ in this.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from kd.errors import UserError
 from kd.metrics.coco_ap import Bools, Boxes, Floats, Ints
 
 OVERLAPS = {"car": 0.7, "pedestrian": 0.5, "cyclist": 0.5}
-_STEPS = 40  # between recalls 0 and 1
+_STEPS = 40  # recall steps from 0 to 1
 
 
 class Difficulty(NamedTuple):
-    """Limits of the objects that must be found; finding others is optional."""
+    """Limits for the objects that must be found; other objects are ignored."""
 
-    height: float  # minimum, pixels; smaller detections do not count either
+    height: float  # minimum, pixels; smaller detections are ignored, too
     occluded: int  # maximum
     truncated: float  # maximum
 
@@ -45,11 +46,12 @@ class KittiTruth:
     """Ground truth of all images.
 
     Attributes:
-        boxes: Objects, neighbours and regions, each with the class that it concerns.
+        boxes: Objects, neighbours and regions, each with the class that it belongs to.
         truncated: (K,) float64, fraction outside the image.
-        occluded: (K,) int64, from 0 = fully visible to 2 = mostly hidden, 3 = unknown.
-        neighbour: (K,) bool, of a similar class that may be detected instead: a van for a car.
-        region: (K,) bool, DontCare: a detection mostly inside is not wrong.
+        occluded: (K,) int64, from 0 = fully visible to 2 = mostly hidden; 3 = unknown.
+        neighbour: (K,) bool, True for objects of a similar class, such as vans for cars; their
+            detections are ignored.
+        region: (K,) bool, True for DontCare regions; detections mostly inside are ignored.
     """
 
     boxes: Boxes
@@ -60,13 +62,13 @@ class KittiTruth:
 
 
 class _Scene(NamedTuple):
-    """Detections D and objects G (with neighbours) of one class on one image."""
+    """D detections and G objects (including neighbours) of one class in one image."""
 
     overlaps: Floats  # (D, G)
-    excused: Bools  # (D,) mostly in a region
+    excused: Bools  # (D,) mostly inside a DontCare region
     scores: Floats  # (D,)
     low: Bools  # (D,) below the minimum height
-    optional: Bools  # (G,) need not be found
+    optional: Bools  # (G,) ignored object
 
 
 def kitti_ap(
@@ -77,21 +79,21 @@ def kitti_ap(
     overlaps: Sequence[float],
     points: int = _STEPS,
 ) -> Floats:
-    """Average precision by difficulty and class, (3, C) in 0..1; NaN where there are no objects.
+    """Compute AP by difficulty and class, (3, C) in 0..1; NaN where there are no objects.
 
-    A recall that no score comes near to has precision 0, as in the kit: with fewer than 40 objects,
-    even perfect detections stay below 1.
+    As in the kit, recalls that no score reaches have precision 0, so that with fewer than 40
+    objects even perfect detections have an AP below 1.
 
     Args:
         truth: Ground truth.
         found: The detections.
         scores: (D,).
-        overlaps: IoU that a correct detection must exceed, by class, such as `OVERLAPS`. Also the
-            fraction of a detection that must lie in a region for it to be ignored.
+        overlaps: IoU that a correct detection must exceed, by class, such as `OVERLAPS`. It is also
+            the fraction of a detection that must lie in a DontCare region for it to be ignored.
         points: 40 for recalls 1/40, 2/40, ... 1; 11 for 0, 0.1, ... 1.
 
     Raises:
-        UserError: Other `points`, or an overlap that is out of range.
+        UserError: `points` or an overlap is out of range.
     """
     if points not in (11, 40):
         raise UserError(f"kitti_ap: points must be 11 or 40, got {points}")
@@ -116,7 +118,7 @@ def _scenes(
     overlap: float,
     difficulty: Difficulty,
 ) -> Iterator[_Scene]:
-    """Images with objects or detections of a class."""
+    """Yield the images with objects or detections of a class."""
     boxes = truth.boxes
     optional = (
         truth.neighbour
@@ -132,7 +134,7 @@ def _scenes(
     for image in np.union1d(found.image[own], boxes.image[others]).tolist():
         rows, there = _of_image(own, found.image, image), _of_image(others, boxes.image, image)
         objects, regions = there[~truth.region[there]], there[truth.region[there]]
-        # Like COCO's crowds: overlap as a fraction of the detection.
+        # As for COCO's crowds, the overlap is a fraction of the detection.
         inside = _overlaps(found, rows, boxes, regions, crowd=True)
         yield _Scene(
             overlaps=_overlaps(found, rows, boxes, objects, crowd=False),
@@ -144,7 +146,7 @@ def _scenes(
 
 
 def _of_image(rows: Ints, images: Ints, image: int) -> Ints:
-    """Rows of one image; `rows` are in order of their images."""
+    """Return the rows of one image; `rows` must be sorted by image."""
     start, end = np.searchsorted(images[rows], [image, image + 1])
     return rows[start:end]
 
@@ -158,7 +160,7 @@ def _overlaps(found: Boxes, rows: Ints, truth: Boxes, objects: Ints, *, crowd: b
 
 
 def _precisions(scenes: Sequence[_Scene], objects: int, overlap: float) -> Floats:
-    """Best precision at each of the 41 recalls or above, (41,)."""
+    """Compute the best precision at each of the 41 recalls or above, (41,)."""
     hits = [score for scene in scenes for score in _hit_scores(scene, overlap)]
     limits = _limits(np.sort(np.array(hits))[::-1], objects)
     right, wrong = np.zeros(len(limits)), np.zeros(len(limits))
@@ -172,7 +174,7 @@ def _precisions(scenes: Sequence[_Scene], objects: int, overlap: float) -> Float
 
 
 def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
-    """Scores of correct detections where each object takes the best scored one."""
+    """Scores of correct detections if each object matches its best-scored detection."""
     free = np.ones(len(scene.scores), np.bool_)
     scores = []
     for number, optional in enumerate(scene.optional):
@@ -187,7 +189,7 @@ def _hit_scores(scene: _Scene, overlap: float) -> list[float]:
 
 
 def _limits(hits: Floats, objects: int) -> Floats:
-    """Score thresholds with recalls nearest to 0, 1/40, ..., at most 41 of them, falling."""
+    """Score thresholds whose recalls are nearest to 0, 1/40, ...; at most 41, descending."""
     limits: list[float] = []
     wanted = 0.0
     for place, score in enumerate(hits.tolist()):
@@ -200,9 +202,10 @@ def _limits(hits: Floats, objects: int) -> Floats:
 
 
 def _counts(scene: _Scene, limits: Floats, overlap: float) -> tuple[Floats, Floats]:
-    """Correct and wrong detections of one image above each limit, (T,) both.
+    """Count one image's correct and wrong detections above each of T score limits, both (T,).
 
-    Each object takes the detection of largest overlap, one below the height only as a last resort.
+    Each object matches the detection of largest overlap; one below the minimum height only if there
+    is no other.
     """
     counted = scene.scores >= limits[:, None]  # (T, D)
     free = counted.copy()

@@ -1,4 +1,4 @@
-"""Average precision of multi-label classification: by class, its mean, and over all pairs."""
+"""Multi-label average precision: by class, its mean, and over all image-class pairs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ Array = NDArray[Any]
 
 
 def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
-    """Area under the precision-recall curve, without interpolation.
+    """Compute the area under the precision-recall curve, without interpolation.
 
-    For each distinct score, the gain in recall is multiplied by the precision; the result is the
-    sum. Images with equal scores are ranked together, so that a constant score gets the fraction
-    of images with the class.
+    It is the sum over distinct scores of the gain in recall times the precision. Images with equal
+    scores are ranked together, so that a constant score gets the fraction of images with the class.
 
     Args:
-        scores: (N,), higher is likelier.
-        present: (N,), whether the class is in the image; True at least once.
+        scores: (N,), higher means more likely.
+        present: (N,), whether the image contains the class; at least one True.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -39,14 +38,10 @@ def average_precision(scores: Array, present: NDArray[np.bool_]) -> float:
 
 
 class MultiLabelAP:
-    """Collects the log-probability and the presence of each class in each image.
+    """Collect class log-probabilities and labels of images, and compute average precision.
 
-    Images that occur twice, such as those with which samplers pad the ranks, count once; images
-    without labels do not count.
-
-    Args:
-        num_classes: C.
-        where: Start of messages: a run, a dataset.
+    Images that occur twice, such as padding of distributed samplers, are used once; images without
+    labels are excluded. `where`, such as a run's name, starts the error messages.
     """
 
     def __init__(self, num_classes: int, *, where: str = "evaluation") -> None:
@@ -54,7 +49,7 @@ class MultiLabelAP:
         self._chunks: list[dict[str, Array]] = []
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the images of a batch of docs/batch.md, by the log-probability of each class."""
+        """Add the labelled images of a batch (see docs/batch.md), with log-probabilities (N, C)."""
         present, known = present_classes(batch, self.num_classes)
         self.update(decoded[known], present[known], batch["image_ids"][known])
 
@@ -68,12 +63,12 @@ class MultiLabelAP:
         self._chunks.append({name: part.detach().cpu().numpy() for name, part in chunk.items()})
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge what all ranks collected, so that each holds the union."""
+        """Merge the collected images of all ranks on every rank."""
         parts = gathered(self._chunks, group)
         self._chunks = [chunk for chunks in parts for chunk in chunks]
 
     def records(self) -> dict[str, Array]:
-        """`log_probs` (N, C), `present` (N, C) and `image_ids` (N,), in order of image id.
+        """Return `log_probs` (N, C), `present` (N, C) and `image_ids` (N,), sorted by image id.
 
         Raises:
             UserError: No image has labels, or a score is not finite.
@@ -90,11 +85,12 @@ class MultiLabelAP:
         return merged
 
     def compute(self) -> dict[str, float]:
-        """All metrics by name, in 0..1.
+        """Compute all metrics by name, in 0..1.
 
-        `mAP`, the mean over the classes that occur; `weighted_AP`, that mean weighted by support;
-        `micro_AP`, over all pairs of image and class in one list; `chance_mAP` and
-        `chance_micro_AP`, of a constant score; `count` of images, `classes` that occur.
+        `mAP` is the mean over the classes that occur, `weighted_AP` the mean weighted by support,
+        and `micro_AP` is over all image-class pairs. `chance_mAP` and `chance_micro_AP` are those
+        of a constant score. `count` is the number of images and `classes` that of classes that
+        occur.
         """
         records = self.records()
         scores, present = records["log_probs"], records["present"]
@@ -115,7 +111,7 @@ class MultiLabelAP:
 
 
 def mean_precisions(scores: Array, present: NDArray[np.bool_]) -> dict[str, float]:
-    """`mAP`, `weighted_AP` and `micro_AP` of (N, C) scores; none if no image has any class."""
+    """Compute `mAP`, `weighted_AP` and `micro_AP` of scores (N, C); empty without classes."""
     support = present.sum(axis=0)
     occurring = np.flatnonzero(support)
     if not len(occurring):
@@ -129,10 +125,10 @@ def mean_precisions(scores: Array, present: NDArray[np.bool_]) -> dict[str, floa
 
 
 def present_classes(batch: Mapping[str, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Classes in the images of a batch, bool (N, C), and whether an image has labels, bool (N,)."""
+    """Return which classes the images contain, bool (N, C), and which images have labels, (N,)."""
     labels = batch["labels"]
     pairs = labels.new_zeros(len(batch["images"]) * num_classes, dtype=torch.float32)
     place = batch["image_of"] * num_classes + labels.clamp(min=0)
-    # A sum rather than a mask's indices, which would synchronise with the GPU.
+    # A sum, because indexing with a mask would synchronise with the GPU.
     present = pairs.index_add(0, place, (labels >= 0).float()).view(-1, num_classes) > 0
     return present, present.any(dim=1)

@@ -1,4 +1,4 @@
-"""Records: the predictions of a run as arrays by name, which `predictions.npz` holds."""
+"""Records: the predictions of a run as named arrays, stored in `predictions.npz`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 
 def save_records(records: Records, path: Path, *, compressed: bool = False) -> None:
-    """Write records as an .npz file, atomically.
+    """Write records to an .npz file, atomically.
 
     Raises:
-        UserError: The folder cannot be written or the disk is full.
+        UserError: The folder is not writable or the disk is full.
     """
     save: Any = np.savez_compressed if compressed else np.savez
 
     def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # given a name, numpy would append its own suffix
+        with partial.open("wb") as file:  # numpy would append .npz to a file name
             save(file, **records)
 
     write_atomic(path, write)
 
 
 def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Gather a picklable value from every rank, in order of rank; every rank must call it."""
+    """Gather a picklable value from all ranks, in order of rank; all ranks must call this."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [part]
     parts: list[Any] = [None] * dist.get_world_size(group)
@@ -43,26 +43,25 @@ def gathered(part: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def check_arrays(records: Records, names: Iterable[str], where: str, what: str = "") -> None:
-    """Check that records have arrays with these names; messages begin with `where`.
+    """Raise a `UserError` if an array is missing; the message starts with `where`.
 
-    Raises:
-        UserError: One is missing; `what` says of what predictions are expected: " of boxes".
+    `what` names the expected predictions in the message, such as " of boxes".
     """
     if missing := [name for name in names if name not in records]:
         raise UserError(f"{where}: no {', '.join(missing)}; not a file of predictions{what}")
 
 
 def check_same_classes(own: int, other: int, pair: str) -> None:
-    """Check that two runs have equally many classes; `pair` names both in the message."""
+    """Raise a `UserError` if two runs differ in their number of classes; `pair` names both runs."""
     if own != other:
         raise UserError(f"{pair} have different numbers of classes: {own} and {other}")
 
 
 def class_number(metric: str, wanted: str, records: Records, num_classes: int) -> int:
-    """Number of a class given by its number or by its name in the array `names`.
+    """Return the index of a class given by index or by its name in the array `names`.
 
     Raises:
-        UserError: There is no such class; the message begins with the metric.
+        UserError: The class does not exist; the message starts with the metric's name.
     """
     names = [str(name) for name in records.get("names", ())]
     if wanted in names:

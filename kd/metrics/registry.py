@@ -1,4 +1,4 @@
-"""Metric declarations: unit, direction and format. Imports no torch."""
+"""Declare metrics: name, unit, direction and format. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that measures how good predictions are.
+    """Declaration of a metric of predictions.
 
-    A metric of your own is an instance with `per_item`; `metrics: [package.module:ATTRIBUTE]` in a
-    recipe adds it to the evaluation. Its value is the mean of `per_item`; intervals and differences
-    resample images, as for any other metric:
+    To add a metric, define an instance with `per_item` and list it in a recipe as `metrics:
+    [package.module:ATTRIBUTE]`. Its value is the mean of `per_item`; intervals and differences
+    resample images:
 
         def brier(records):  # (K,) of the K hidden objects
             errors = np.exp(records["log_probs"])
@@ -32,14 +32,13 @@ class Metric:
                        higher_is_better=False)
 
     Attributes:
-        name: Its name in tables and in `summary.json`.
-        help: One line about it.
-        unit: `%` for a fraction that is written in percent; others, such as `nats` or `px`, are
-            written as they are.
+        name: Name in tables and in `summary.json`.
+        help: Description in one line.
+        unit: `%` for a fraction that is displayed in percent. Other units, such as `nats` or `px`,
+            do not change the displayed value.
         higher_is_better: Whether larger values are better.
-        digits: Decimal places; by default 1 in percent and 3 otherwise.
-        per_item: Maps records to one value for each object or image, (N,); those with NaN are left
-            out.
+        digits: Decimal places; None = 1 for percent, otherwise 3.
+        per_item: Maps records to one value per object or image, (N,); NaN values are excluded.
     """
 
     name: str
@@ -51,29 +50,29 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name with its unit."""
+        """The name followed by the unit."""
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
     @property
     def scale(self) -> int:
-        """Factor from a value to the number that is written: 100 for percent."""
+        """Factor from a value to the displayed number: 100 for percent, otherwise 1."""
         return 100 if self.unit == "%" else 1
 
     def text(self, value: float | None, sign: str = "") -> str:
-        """Format a value in the metric's unit, whose name is left out; empty for None."""
+        """Format a value without its unit; empty for None."""
         if value is None:
             return ""
         digits = self.digits if self.digits is not None else 1 if self.unit == "%" else 3
         return f"{self.scale * value:{sign}.{digits}f}"
 
     def bounds(self, interval: Interval | None) -> str:
-        """Format `[low, high]`; empty where the bounds are unknown."""
+        """Format `[low, high]`; empty if the bounds are unknown."""
         if interval is None or interval.low != interval.low:  # NaN
             return ""
         return f"[{self.text(interval.low)}, {self.text(interval.high)}]"
 
     def change(self, difference: Interval) -> str:
-        """Format a signed difference and its bounds, with a star where they exclude zero."""
+        """Format a signed difference and its bounds, with a star if they exclude zero."""
         mean, low, high = (self.text(bound, "+z") for bound in difference)
         if difference.low != difference.low:  # NaN
             return f"{mean} "
@@ -128,7 +127,7 @@ _LISTED = [
     Metric("IG", "information gain over the centre prior", "bits"),
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
-# Names with a number, bin or class -> the metric whose unit and direction they have.
+# Pattern of names with a number, bin or class -> the metric with the same unit and direction.
 _FAMILIES = {
     r"top[1-9]\d*": "top1",
     r"(fraction|visible)/\w.*_top1": "top1",
@@ -140,7 +139,7 @@ _FAMILIES = {
 
 
 def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
-    """Look up the declaration of a metric, first in `own`; undeclared ones are plain numbers.
+    """Return the declaration of a metric, first from `own`; unknown names become plain numbers.
 
     `name` may include a class or bin, such as `iou/car`.
     """
@@ -155,17 +154,17 @@ def metric_named(name: str, own: Mapping[str, Metric] | None = None) -> Metric:
 
 
 def direction_note(metrics: Iterable[Metric]) -> list[str]:
-    """The note below a table that names the metrics where lower is better, if any."""
+    """Return a note that lists the metrics where lower is better; empty if there are none."""
     lower = dict.fromkeys(metric.name for metric in metrics if not metric.higher_is_better)
     return [f"lower is better: {', '.join(lower)}"] if lower else []
 
 
 def load_metrics(paths: Iterable[str]) -> dict[str, Metric]:
-    """Import the user's metrics, each from `package.module:ATTRIBUTE`; returns them by name.
+    """Import the user's metrics from `package.module:ATTRIBUTE` paths and return them by name.
 
     Raises:
-        UserError: A path that cannot be imported or is no `Metric` with `per_item`, or a name that
-            another metric has.
+        UserError: A path cannot be imported or is not a `Metric` with `per_item`, or the name of a
+            metric exists already.
     """
     found: dict[str, Metric] = {}
     for path in paths:
