@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kd.errors import UserError
 
-# Up to this fraction of needed cells, the 3x3 convolution is computed at them alone. On a CPU that
-# is 10 times as fast at 5% of the cells and 4 times at 20%; it copies the nine neighbours of each.
+# Up to this fraction of needed cells, the 3x3 convolution is computed at the needed cells only.
+# On a CPU this is 10 times as fast at 5% of the cells and 4 times as fast at 20%.
 FEW = 0.25
 
 
@@ -28,9 +28,9 @@ class Conv3x3(nn.Module):
     Args:
         in_channels: Channels of the student's features.
         out_channels: Channels of the teacher's features.
-        relu: Whether a ReLU follows; choose False if the teacher's features can be negative.
-        init_std: Standard deviation of the initial weights. It is small, so that the first
-            gradients that reach the student are small too.
+        relu: Set to False if the teacher's features can be negative.
+        init_std: Standard deviation of the initial weights; a small one keeps the student's first
+            gradients small.
     """
 
     def __init__(
@@ -43,23 +43,15 @@ class Conv3x3(nn.Module):
         nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, where: Tensor | None = None) -> Tensor:
-        """Adapt the features.
+        """Map student features (N, in, H, W) to (N, out, H, W).
 
-        Args:
-            features: Student features, (N, in, H, W).
-            where: Grid cells whose output is needed: True, or above 0; (N, H, W). None: all.
-
-        Returns:
-            Adapted features, (N, out, H, W). If few cells are needed, the others are 0; values
-            and gradients of the needed cells do not depend on this.
-
-        Raises:
-            UserError: `where` has another shape than the features.
+        `where` (N, H, W) marks the grid cells whose output is needed (True or above 0); None: all.
+        If few cells are needed, the other cells are 0.
         """
         images, channels, height, width = features.shape
         if where is not None and where.shape != (images, height, width):
             raise UserError(
-                f"adapter 'conv3x3': places {tuple(where.shape)} do not fit features "
+                f"adapter 'conv3x3': mask {tuple(where.shape)} does not fit features "
                 f"{tuple(features.shape)}"
             )
         places = None if where is None else where.flatten().nonzero().flatten()
@@ -88,15 +80,10 @@ def linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Modu
 class Resize(nn.Module):
     """Resample features to a fixed grid, with a 1x1 convolution if the channels differ.
 
-    The convolution runs on the smaller of the two grids.
-
     Args:
         in_channels: Channels of the student's features.
         out_channels: Channels of the teacher's features.
         size: Height and width of the teacher's features.
-
-    Raises:
-        UserError: `size` is not two positive numbers.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, size: Sequence[int]) -> None:
@@ -111,7 +98,7 @@ class Resize(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map (N, in, H, W) to (N, out, height, width)."""
+        """Map (N, in, H, W) to (N, out, height, width); project on the smaller of the two grids."""
         shrinks = self.size[0] * self.size[1] < features.shape[2] * features.shape[3]
         if not shrinks:
             features = self.project(features)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from kd.errors import UserError
 from kd.registry import nearest, suggestion
 
-# Recipe, student and teacher must agree on the levels of a pyramid.
 _LEVELS = (
-    "A recipe's `levels` must be outputs of both pyramids: as many as student.options.levels "
-    "makes, and the teacher's own options.levels"
+    "Each of the recipe's `levels` must be an output of both pyramids; check the option `levels` "
+    "of student and teacher"
 )
 
 
@@ -22,19 +21,16 @@ class FeatureTaps:
     """Collect the outputs of named layers while a model runs.
 
     A layer is a path of `model.named_modules()`. If a module returns a dict, as a feature pyramid
-    does, `path.key` selects one entry. Of a layer that runs several times in a forward pass, the
-    last output is collected.
+    does, `path.key` selects one entry. If a layer runs several times in a forward pass, its last
+    output is collected.
 
-    A copy of the model alone is not tapped. A deep copy of an object that holds both the model and
+    Copying the model does not copy its taps. A deep copy of an object that holds both the model and
     its taps has new taps on the copied model.
 
     Args:
-        model: The model itself, not a wrapper such as DDP, because wrappers change the paths.
+        model: The model without a wrapper such as DDP, which would change the paths.
         layers: Layers to collect.
         called: Prefix of error messages, such as "student".
-
-    Raises:
-        UserError: The model lacks one of the layers; the message lists the most similar paths.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], *, called: str = "") -> None:
@@ -50,14 +46,7 @@ class FeatureTaps:
         ]
 
     def collect(self) -> dict[str, Tensor]:
-        """Return the outputs of the last forward pass by layer, and forget them.
-
-        They are not detached, so that losses on them can be differentiated.
-
-        Raises:
-            UserError: A layer did not run, did not return a tensor, or returned a dict without the
-                selected entry.
-        """
+        """Return the outputs of the last forward pass by layer, not detached, and clear them."""
         outputs = dict(self._outputs)
         self.clear()
         return {
@@ -83,8 +72,8 @@ class FeatureTaps:
 class _Hook:
     """A forward hook that stores a module's output; a copy of the hook does nothing.
 
-    `copy.deepcopy` of a model copies its hooks too. Without this, the copied model, such as the
-    moving average of a student, would overwrite the outputs of the original.
+    `copy.deepcopy` of a model copies its hooks. If the copies were active, a copied model, such as
+    the moving average of a student, would overwrite the outputs of the original.
     """
 
     def __init__(self, path: str, outputs: dict[str, object] | None) -> None:
@@ -99,7 +88,7 @@ class _Hook:
 
 
 def _source(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> tuple[str, str | None]:
-    """Split the name of a layer into a module path and, for an entry of a dict output, a key."""
+    """Split a layer name into a module path and, for one entry of a dict output, a key."""
     if layer and layer in modules:
         return layer, None
     path = layer.rpartition(".")[0]
@@ -107,9 +96,8 @@ def _source(layer: str, modules: Mapping[str, nn.Module], prefix: str) -> tuple[
         path = path.rpartition(".")[0]
     if not path or isinstance(modules[path], nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise _unknown(layer, modules, prefix)
-    # Whether a module returns a dict is known only when it runs. Two mistakes can be found earlier:
-    # a module without children, such as a convolution, returns no dict; and a key that resembles
-    # the name of a child is a misspelt child.
+    # Only running a module shows whether it returns a dict. Two mistakes can be found earlier: a
+    # module without children returns no dict, and a key like a child's name is a misspelt child.
     key = layer[len(path) + 1 :]
     children = [name for name, _ in modules[path].named_children()]
     if not children or nearest(key.partition(".")[0], children):
@@ -138,12 +126,7 @@ def _output(
             )
         output = output[key]
     if not isinstance(output, Tensor):
-        hint = (
-            f"; name one entry: {', '.join(map(str, output))}"
-            if isinstance(output, Mapping)
-            else ""
-        )
-        raise UserError(
-            f"{prefix}layer {layer!r} gives a {type(output).__name__}, not a tensor{hint}"
-        )
+        keys = ", ".join(map(str, output)) if isinstance(output, Mapping) else ""
+        hint, kind = f"; select one of {keys}" if keys else "", type(output).__name__
+        raise UserError(f"{prefix}layer {layer!r} returns a {kind}, not a tensor{hint}")
     return output

@@ -12,43 +12,38 @@ from kd.errors import UserError
 from kd.registry import Entry, check_options, is_foreign, load_target, look_up
 
 POSTERIOR = "posterior"  # log-probabilities of a hidden object, decoded from a teacher's output
-MEAN = "mean"  # `mean.posterior`: over all teachers
+MEAN = "mean"  # `mean.posterior` is the mean posterior of all teachers
 TORCHDISTILL = "torchdistill."
 
 
 @dataclass(frozen=True)
 class TermKind:
-    """A kind of distillation term: a loss, and everything that the engine has to know about it.
+    """A kind of distillation term: a loss, and how the training loop calls it.
 
-    The loss is called with the student's tensor and the teacher's tensor. A mask, labels or images
-    follow as a third argument if they are declared here. The loss returns a scalar mean.
+    The loss is called with the student's tensor and the teacher's tensor, followed by a mask,
+    labels or images if they are declared here. It returns a scalar mean.
 
     Args:
         loss: `package.module:attribute`, or the function itself.
         help: One line for `--list`.
-        unit: What the loss is a mean over. The means of micro-batches and processes are weighted
-            by their number of units. `place`: grid cells of feature maps, restricted to those of
-            `mask` or, if the task has void pixels, to valid ones. `image`: images, or, if objects
-            are hidden, inputs of the teacher. `box` and `object`: rows of outputs, one for each
-            box or hidden object.
+        unit: What the loss is a mean over; means of micro-batches and processes are weighted by
+            their number of units. `place`: grid cells of feature maps (those of `mask`, or else
+            valid ones). `image`: images, or teacher inputs if objects are hidden. `box` and
+            `object`: rows of outputs, one for each box or hidden object.
         student: Default output of the student; None: the recipe must name an output or layer.
         teacher: Default output of the teacher; None: the recipe must name an output or layer.
         mask: Name of the task's mask that the loss takes as its third argument.
-        mask_option: Name of an option of the term, a number in 0..1, that is passed to the mask.
+        mask_option: Name of a term option, a number in 0..1, that is passed to the mask.
         valid: Whether the loss takes `valid`, a mask of the grid cells that are not void.
         place_weights: Name of the task's mask that is passed to the loss as `weights`.
-        labels: Whether the loss takes the labels of the rows; unlabelled rows do not count.
+        labels: Whether the loss takes the labels of the rows; unlabelled rows are left out.
         images: Whether the loss takes the images of the rows.
-        trained: How the weights of a loss that has some are trained: `student`, by the student's
-            optimiser, or `critic`, in a step of their own. `loss` is then called with the teacher's
-            number of channels and returns a module. None: the loss has no weights.
+        trained: For a loss with weights, what trains them: `student` (the student's optimiser) or
+            `critic` (a separate optimiser). Then `loss` maps the teacher's number of channels to a
+            module.
         softmax: Whether the loss applies a softmax, so that it also accepts log-probabilities.
-        by_class: Whether outputs are compared class by class, so that student and teacher must
-            have the same classes.
+        by_class: Whether outputs are compared class by class, which requires the same classes.
         own_class: Whether only the outputs for each box's labelled class are compared.
-
-    Raises:
-        UserError: The unit is unknown, or a mask is declared for a unit other than `place`.
     """
 
     loss: str | Callable[..., Any]
@@ -71,9 +66,7 @@ class TermKind:
         if self.unit not in ("place", "image", "box", "object"):
             raise UserError(f"unit must be place, image, box or object, got {self.unit!r}")
         if self.unit != "place" and (self.mask or self.place_weights):
-            raise UserError(
-                f"a loss with a mask is a mean over places, not over unit {self.unit!r}"
-            )
+            raise UserError(f"a loss with a mask must have unit 'place', not {self.unit!r}")
 
     @property
     def maps(self) -> bool:
@@ -81,15 +74,7 @@ class TermKind:
         return self.unit in ("place", "image")
 
     def bind(self, options: Mapping[str, object], *, what: str) -> Callable[..., Any]:
-        """Import the loss, check its options and bind them.
-
-        Args:
-            options: The user's options, keyword-only parameters of the loss.
-            what: Prefix of error messages.
-
-        Raises:
-            UserError: The loss cannot be imported, or an option is unknown or of a wrong type.
-        """
+        """Import the loss, check the user's options and bind them; `what` begins messages."""
         loss = load_target(self.loss) if isinstance(self.loss, str) else self.loss
         check_options(loss, options, what=what)
         return functools.partial(loss, **options)
@@ -103,7 +88,7 @@ TERMS: dict[str, TermKind] = {
     ),
     "output_kd": TermKind(
         "kd.losses.logits:kl_logits",
-        "KL from the context teacher's posterior to the student's own output; an ablation",
+        "KL from the context teacher's posterior to the student's class scores; an ablation",
         unit="object", student="logits", teacher=POSTERIOR, softmax=True,
     ),
     "decoupled": TermKind(
@@ -117,7 +102,7 @@ TERMS: dict[str, TermKind] = {
     ),
     "imitation": TermKind(
         "kd.losses.imitation:imitation",
-        "imitation of a detector's features at anchors near objects; option psi: how near",
+        "imitation of a detector's features near objects; option psi: IoU threshold, relative",
         unit="place", mask="imitation", mask_option="psi", by_class=False,
     ),
     "imitation_inside": TermKind(
@@ -149,18 +134,18 @@ TERMS: dict[str, TermKind] = {
     ),
     "pair_wise": TermKind(
         "kd.losses.pair_wise:pair_wise",
-        "squared difference of the affinities of all pairs of places",
+        "squared difference of the affinities of all pairs of grid cells",
         unit="image", valid=True, by_class=False,
     ),
     "holistic": TermKind(
         "kd.losses.holistic:Adversary",
-        "a critic that tells the teacher's score maps from the student's",
+        "score of a critic that learns to distinguish the teacher's score maps from the student's",
         unit="image", student="logits", teacher="logits", images=True, trained="critic",
         softmax=True,
     ),
     "channel_wise": TermKind(
         "kd.losses.logits:channel_wise",
-        "KL between the places' distributions within each channel",
+        "KL between the spatial distributions of each channel",
         unit="image", student="logits", teacher="logits", valid=True,
     ),
     "hint": TermKind(
@@ -178,15 +163,13 @@ TERMS: dict[str, TermKind] = {
 def term_kind(section: TermSection) -> TermKind:
     """Return the kind of term that a recipe's section names.
 
-    The section's `name` is a key of `TERMS`, `torchdistill.NAME` for one of torchdistill's
-    mid-level losses, or `package.module:attribute` for the user's own. The user's attribute is a
-    `TermKind`, or a plain function `(student, teacher, *, options)`; for a function, the section
-    must give the `unit`. The unit of torchdistill's losses is `object` for posteriors and `image`
-    otherwise, unless the section gives another.
+    The section's `name` is a key of `TERMS`, `torchdistill.NAME` for a mid-level loss of
+    torchdistill, or `package.module:attribute` for a user's `TermKind` or function `(student,
+    teacher, *, options)`. For a function, the section must give the `unit`. Losses of torchdistill
+    have unit `object` for posteriors and `image` otherwise, unless the section gives another.
 
     Raises:
-        UserError: The name is unknown, or the unit is missing, or it is given for a kind that
-            declares its unit.
+        UserError: The name is unknown, or `unit` is missing, or given for a kind that declares it.
     """
     name, unit = section.name, section.unit
     if name.startswith(TORCHDISTILL):
@@ -197,14 +180,14 @@ def term_kind(section: TermSection) -> TermKind:
         found = look_up(TERMS, name, what="distillation term")
     if isinstance(found, TermKind):
         if unit is not None:
-            raise UserError(f"losses: {name}: its unit is {found.unit!r}, leave `unit` out")
+            raise UserError(f"losses: {name}: the unit is {found.unit!r}; remove the key `unit`")
         return found
     if not callable(found):
-        raise UserError(f"losses: {name}: neither a function nor a TermKind")
+        raise UserError(f"losses: {name}: must be a function or a TermKind")
     if unit is None:
         raise UserError(
-            f"losses: {name}: give the unit of its mean, `unit: place`, image, box or object; or "
-            "name a kd.distillation.registry.TermKind, which declares it"
+            f"losses: {name}: set `unit`, what the loss is a mean over: place, image, box or "
+            "object; or name a kd.distillation.registry.TermKind, which declares its unit"
         )
     return TermKind(found, "custom loss", unit=unit)
 
@@ -230,6 +213,6 @@ ADAPTERS: dict[str, Entry] = {
         ("conv1x1", "conv1x1", "1x1 convolution"),
         ("conv3x3", "Conv3x3", "3x3 convolution, with or without ReLU"),
         ("linear", "linear", "linear layer, for vectors"),
-        ("resize", "Resize", "1x1 convolution and interpolation to a grid"),
+        ("resize", "Resize", "1x1 convolution and resampling to the teacher's grid"),
     )
 }

@@ -22,15 +22,15 @@ from kd.registry import check_options, resolve
 class AdaptedStudent(nn.Module):
     """Run a student and adapt its tapped layers to the shapes of the teacher's layers.
 
-    DDP synchronises only the parameters of the module that it wraps. Therefore this module also
-    holds the adapters, and the losses that have weights. Checkpoints contain both; the exported
-    student contains neither. Teachers are trained in this wrapper as well, without taps.
+    DDP synchronises only the parameters of the module that it wraps, so this module also holds the
+    adapters and the losses with weights. Checkpoints contain them; the exported student does not.
+    Teachers are trained in this wrapper as well, without taps.
 
     Args:
         student: The model; its `forward` returns a tensor (then called `logits`) or a dict.
         layers: Layers to tap, as paths of `student.named_modules()`.
         adapters: Adapters by layer; features of a layer without an adapter are not changed.
-        losses: Losses whose weights are trained with the student, by name of the term.
+        losses: Losses whose weights are trained with the student, by term name.
     """
 
     def __init__(
@@ -49,15 +49,10 @@ class AdaptedStudent(nn.Module):
     def forward(
         self, *inputs: Tensor, where: Mapping[str, Mask] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run the student on `inputs`.
+        """Return the student's outputs by name, and the adapted features by layer.
 
-        Args:
-            *inputs: Inputs of the student.
-            where: By layer, a mask of the grid cells that the losses will read. An adapter may
-                skip the other cells.
-
-        Returns:
-            The student's outputs by name, and the adapted features by layer.
+        `where` has, by layer, a mask of the grid cells that the losses read. An adapter may skip
+        other cells.
         """
         outputs = named(self.student(*inputs))
         features = self._taps.collect() if self._taps else {}
@@ -69,7 +64,7 @@ class AdaptedStudent(nn.Module):
         if name not in self.adapters:
             return feature
         adapter = self.adapters[name]
-        # Counting cells synchronises an accelerator, and a compiler does not know their number.
+        # Counting cells would synchronise a GPU, and their number would break a compiled graph.
         counts = feature.is_cpu and not torch.compiler.is_compiling()
         if where is not None and counts and isinstance(adapter, Conv3x3):
             adapted: Tensor = adapter(feature, where((feature.shape[2], feature.shape[3])))
@@ -101,20 +96,12 @@ def adapt_student(
 ) -> tuple[AdaptedStudent, list[Term]]:
     """Wrap a student with the taps, adapters and losses that its terms need.
 
-    Args:
-        student: The student.
-        terms: Distillation terms.
-        adapters: The recipe's adapters by student layer; those that no term needs are ignored.
-        source: Source of the teachers' outputs; None: the student is wrapped without taps.
-        task: The student's task.
-        batch: A batch on the student's device. Student and teachers are run on it once, to find
-            the shapes of their outputs.
+    Student and teachers run once on `batch`, to find the shapes of their outputs. Adapters of
+    layers that no term reads are ignored. If `source` (of the teachers' outputs) is None, nothing
+    is tapped.
 
     Returns:
-        The wrapped student, and the terms, of which those with weights are now initialised.
-
-    Raises:
-        UserError: An adapter is unknown, or its teacher layer is not read by any term.
+        The wrapped student, and the terms with initialised weights.
     """
     layers = tapped_layers(terms, task)
     if source is None or not (layers or any(term.kind.trained for term in terms)):

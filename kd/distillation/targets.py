@@ -1,7 +1,7 @@
 """Soft targets: outputs of teachers that run in each step, or that were cached before training.
 
-Each source is a callable from a batch to named tensors, so that the engine treats live and cached
-teachers alike. The tensor `posterior` has the class log-probabilities of each object, (K, C).
+Each source maps a batch to named tensors, so that the training loop treats live and cached teachers
+alike. The tensor `posterior` has the class log-probabilities of each object, (K, C).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class PartialSource(Protocol):
     def known(self, rows: Rows) -> dict[str, Tensor]:
         """Return whether each row has a posterior, bool (R,).
 
-        The key is the unit that counts these rows: `known`, or `NAME.known` for a further teacher.
+        The key is the unit of these rows: `known`, or `NAME.known` for a teacher of
+        `more_teachers`.
         """
         ...
 
@@ -51,7 +52,7 @@ class LiveTeacher:
     """Run a teacher in each step, on the student's batch.
 
     Args:
-        model: The teacher; it is frozen and put in evaluation mode.
+        model: The teacher, which is frozen and put in evaluation mode.
         task: The teacher's task, which prepares the inputs and decodes the posterior.
         layers: Layers to collect.
         autocast: Whether the teacher runs in bfloat16 autocast.
@@ -97,14 +98,13 @@ class LiveTeacher:
 class Teachers:
     """Combine the outputs of several teachers.
 
-    Outputs of the recipe's `teacher` have their plain names, outputs of a further teacher are
-    called `NAME.output`. If all teachers give posteriors or logits of the same shape, their
-    weighted means are added as `mean.posterior` and `mean.logits`. The mean posterior is the mean
-    of log-probabilities, normalised again.
+    Outputs of the recipe's `teacher` keep their names; an output of a teacher of `more_teachers` is
+    called `NAME.output`. If all teachers have posteriors or logits of the same shape, weighted
+    means are added as `mean.posterior` (mean log-probabilities, renormalised) and `mean.logits`.
 
     Args:
-        first: The recipe's own `teacher`; None if no term reads it.
-        more: The further teachers by name.
+        first: The recipe's main `teacher`; None if no term reads it.
+        more: The other teachers by name.
         weights: Weights in the means, in the order of the teachers; they need not sum to 1.
     """
 
@@ -116,7 +116,7 @@ class Teachers:
     ) -> None:
         self.sources = ({} if first is None else {"": first}) | dict(more)
         if len(weights) != len(self.sources):
-            raise UserError(f"{len(self.sources)} teachers have {len(weights)} weights")
+            raise UserError(f"got {len(weights)} weights for {len(self.sources)} teachers")
         self.fractions = [weight / sum(weights) for weight in weights]
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
@@ -133,10 +133,7 @@ class Teachers:
         return found
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Return whether each row has a posterior, bool (R,), by unit.
-
-        The mean of all teachers has a posterior where every teacher has one.
-        """
+        """Return by unit whether each row has a posterior, bool (R,); `mean` needs all teachers'."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, PartialSource):
@@ -153,24 +150,19 @@ def _full_name(teacher: str, output: str) -> str:
 
 
 class CachedPosteriors:
-    """Cached posteriors, looked up by annotation id.
-
-    A posterior belongs to an object, not to pixels, so geometric augmentation does not change it.
+    """Cached posteriors of objects, looked up by annotation id.
 
     Args:
         object_ids: Annotation ids, int64 (K,).
         log_probs: Log-probabilities of these objects, (K, C), stored in their dtype.
-        source: Where the posteriors come from, the prefix of error messages.
-
-    Raises:
-        UserError: There are no objects.
+        source: Where the posteriors come from, as a prefix of error messages.
     """
 
     def __init__(
         self, object_ids: Tensor, log_probs: Tensor, *, source: str = "posteriors"
     ) -> None:
         if not len(object_ids):
-            raise UserError(f"{source}: no object has a posterior")
+            raise UserError(f"{source}: no posterior is cached")
         order = object_ids.argsort()
         self.object_ids = object_ids[order].contiguous()
         self.log_probs = log_probs[order].contiguous()
@@ -179,11 +171,9 @@ class CachedPosteriors:
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
         """Return `posterior`, (R, C).
 
-        If the student sees all objects at once, some may have no posterior, for example because
-        they are too small for the teacher. The rows of these objects are NaN.
-
-        Raises:
-            UserError: A hidden object has no posterior (checked on a CPU only).
+        If the student sees all objects at once, rows of objects without a posterior (for example,
+        objects too small for the teacher) are NaN. If objects are hidden, a missing posterior is a
+        UserError, checked on a CPU only.
         """
         wanted, places = self._places(rows)
         log_probs = self.log_probs[places].float()
@@ -199,13 +189,10 @@ class CachedPosteriors:
         return {KNOWN: self.object_ids[places] == wanted}
 
     def _places(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the annotation ids of the rows, and the index of each in the sorted cache.
-
-        For an id that the cache lacks, the index is that of another object.
-        """
+        """Return the rows' annotation ids, and their cache indices (arbitrary for missing ids)."""
         if rows.ids is None:
             raise UserError(
-                f"{self.source}: holds posteriors of objects, but batches of this task have none"
+                f"{self.source}: has posteriors of objects, but this task's batches have no objects"
             )
         wanted = rows.ids
         if self.object_ids.device != wanted.device:
@@ -218,8 +205,8 @@ class CachedPosteriors:
         missing = wanted[self.object_ids[places] != wanted]
         if len(missing):
             raise UserError(
-                f"{self.source}: no posterior for {len(missing)} objects, first annotation "
-                f"{int(missing[0])}; they were computed for another dataset"
+                f"{self.source}: {len(missing)} objects have no posterior, such as annotation "
+                f"{int(missing[0])}; the cache is of another dataset"
             )
 
     def check_covers(self, object_ids: Tensor) -> None:
@@ -231,17 +218,14 @@ class CachedPosteriors:
         """Raise a UserError if none of these objects has a posterior."""
         if not torch.isin(object_ids, self.object_ids).any():
             raise UserError(
-                f"{self.source}: no object has a posterior; they were computed for another dataset"
+                f"{self.source}: no object has a posterior; the cache is of another dataset"
             )
 
     def shuffled(self, seed: int) -> CachedPosteriors:
-        """Return a copy in which each posterior is assigned to another object at random.
-
-        A student that learns from it is the control of one that learns from true posteriors.
-        """
+        """Return a copy in which each posterior is assigned to another object, as a control."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.object_ids), generator=generator)
-        # A cycle through a random order leaves no object with its own.
+        # A cycle through a random order assigns no posterior to its object.
         shuffled = torch.empty_like(self.log_probs)
         shuffled[order] = self.log_probs[order.roll(1)]
         return CachedPosteriors(
@@ -251,9 +235,8 @@ class CachedPosteriors:
     def balanced(self, fraction: float) -> CachedPosteriors:
         """Return a copy divided by a power of the mean posterior: `q / mean(q)^fraction`.
 
-        The result is normalised again. Rare classes are then more probable, so that a student
-        learns more about them. This is post-hoc logit adjustment, Menon et al., 2021,
-        https://arxiv.org/abs/2007.07314. With a `fraction` of 0 nothing changes.
+        The quotient is renormalised. Rare classes become more probable: post-hoc logit adjustment,
+        Menon et al., 2021, https://arxiv.org/abs/2007.07314. A `fraction` of 0 changes nothing.
         """
         log_probs = self.log_probs.float()
         mean = log_probs.exp().mean(dim=0).clamp(min=1e-6).log()
@@ -268,7 +251,7 @@ class CachedPosteriors:
 
 
 class CachedTeacher:
-    """A source of cached outputs: posteriors in memory, and maps that come with the batch.
+    """A source of cached outputs: posteriors in memory, and maps that are loaded with the batch.
 
     Args:
         posteriors: The cached posteriors; None if no term reads them.
@@ -286,7 +269,7 @@ class CachedTeacher:
         self.posteriors, self.layers, self.prefix = posteriors, tuple(layers), prefix
 
     def __call__(self, batch: Batch, rows: Rows) -> Mapping[str, Tensor]:
-        """Return `posterior` (R, C), and the maps, (R, ...) with a row for each teacher input."""
+        """Return `posterior` (R, C), and maps (R, ...) with one row per teacher input."""
         maps = {name: batch[f"{self.prefix}{name}"].float() for name in self.layers}
         return maps if self.posteriors is None else {**self.posteriors(batch, rows), **maps}
 

@@ -30,8 +30,8 @@ class Term:
         kind: The loss and what it needs.
         function: The loss with its options; an `nn.Module` if it has weights.
         student: Output or layer of the student that the loss compares.
-        teacher: Output or layer of the teacher, or `NAME.output` of a further teacher.
-        mask_value: Number that the term passes to the task's mask; None if there is none.
+        teacher: Output or layer of the teacher; `NAME.output` for a teacher of `more_teachers`.
+        mask_value: Number that the term passes to the task's mask, or None.
     """
 
     section: TermSection
@@ -48,7 +48,7 @@ class Term:
 
     @property
     def mask(self) -> str | None:
-        """Key of the mask that the loss takes, among the task's masks; None if it takes none."""
+        """Key of the loss's mask among the task's masks; None if the loss takes no mask."""
         if self.mask_value is None:
             return self.kind.mask
         return f"{self.kind.mask}_{self.mask_value:g}"
@@ -60,26 +60,18 @@ class Term:
 
     @property
     def count(self) -> str | None:
-        """Mask whose grid cells the task counts for this term; None if its unit is not `place`.
-
-        The count is that of the term's own mask, of `valid` cells, or of all cells (`frame`).
-        """
+        """Mask whose grid cells the task counts for this term; None if its unit is not `place`."""
         if self.kind.unit != "place":
             return None
         return self.mask or ("valid" if self.kind.valid else "frame")
 
     def weight_at(self, progress: float, step: int = 0) -> float:
-        """Return the term's weight after `step` steps; `progress` is the fraction done, 0..1."""
+        """Return the term's weight after `step` steps, at a fraction `progress` of training."""
         return self.section.weight * self.section.schedule.factor(progress, step)
 
 
 def build_term(section: TermSection) -> Term:
-    """Build a term from its section of a recipe.
-
-    Raises:
-        UserError: The name or an option is unknown, or the section names no layer and the kind of
-            term has no default.
-    """
+    """Build a term from its section of a recipe."""
     what = f"losses: {section.name}"
     kind = term_kind(section)
     options, mask_value = dict(section.options), None
@@ -88,7 +80,7 @@ def build_term(section: TermSection) -> Term:
     function = kind.bind(options, what=what)
     student, teacher = section.student or kind.student, section.teacher or kind.teacher
     if student is None or teacher is None:
-        raise UserError(f"{what}: name the layers: student: ..., teacher: ...")
+        raise UserError(f"{what}: the keys `student` and `teacher` must name layers to compare")
     return Term(section, kind, function, student, teacher, mask_value)
 
 
@@ -109,20 +101,14 @@ def layers_among(outputs: Sequence[str], task: Task) -> list[str]:
 
 
 def outputs_by_teacher(terms: Sequence[Term], teachers: Collection[str]) -> dict[str, list[str]]:
-    """Return, for each teacher, the outputs and layers that terms read.
-
-    The keys are the names of the further teachers, and "" for the recipe's own `teacher`.
-
-    Raises:
-        UserError: A term reads a mean over teachers of an output other than posteriors or logits.
-    """
+    """Return the outputs and layers that terms read, by teacher; "" is the recipe's `teacher`."""
     outputs: dict[str, list[str]] = {name: [] for name in ("", *teachers)}
     for term in terms:
         first, _, rest = term.teacher.partition(".")
         if first == MEAN and rest not in (POSTERIOR, "logits"):
             raise UserError(
-                f"losses: {term.name}: means of teachers are "
-                f"{MEAN}.{POSTERIOR} and {MEAN}.logits, not {term.teacher!r}"
+                f"losses: {term.name}: a mean over teachers must be "
+                f"{MEAN}.{POSTERIOR} or {MEAN}.logits, not {term.teacher!r}"
             )
         whose, output = (first, rest) if first in teachers else ("", term.teacher)
         for reader in outputs if first == MEAN else [whose]:
@@ -139,19 +125,13 @@ def distillation_losses(
 
     Args:
         terms: The terms to compute.
-        student: The student's outputs, with the rows of `task.rows`, and its adapted features
-            (N, C, h, w), by name.
+        student: The student's outputs, with the rows of `task.rows`, and its adapted features (N,
+            C, h, w), by name.
         teacher: The teachers' outputs and features by name. If objects are hidden, the features
-            have a row for each object, not for each image.
+            have one row per object instead of one per image.
         task: Defines the rows of the outputs and the units of the means.
         batch: The batch that student and teachers were run on.
         masks: The task's masks of the batch.
-
-    Returns:
-        Each term's loss by name, with the unit of its mean.
-
-    Raises:
-        UserError: Student or teacher lacks an output, or a loss cannot compare the two tensors.
     """
     rows, losses = task.rows(batch), {}
     for term in terms:
@@ -169,10 +149,9 @@ def distillation_losses(
 
 
 def layer_masks(terms: Sequence[Term], masks: Masks) -> dict[str, Mask]:
-    """Return the mask of needed grid cells for each student layer whose terms all have masks.
+    """Return a mask of the needed grid cells for each student layer whose terms all have masks.
 
-    A cell is needed if the mask of any of these terms is above 0 there. Layers with a term
-    without a mask are left out, because all of their cells are needed.
+    A cell is needed if any of these masks is above 0 there. All cells of other layers are needed.
     """
     readers: dict[str, set[str | None]] = {}
     for term in terms:
@@ -195,8 +174,8 @@ def _loss_of(
     if kind.unit == "box" and ours.shape != theirs.shape:
         raise UserError(
             f"losses: {term.name}: student {tuple(ours.shape)} and teacher {tuple(theirs.shape)} "
-            "differ in shape: compare box outputs between heads of one kind; a second stage has "
-            "a background class, a one-stage detector has none"
+            "differ in shape; both detectors must have one stage, or both two (only two-stage "
+            "detectors have a background class)"
         )
     maps = kind.maps and ours.ndim == 4
     grid = (ours.shape[2], ours.shape[3]) if maps else (1, 1)
@@ -231,11 +210,7 @@ def _loss_of(
 
 
 def _call(term: Term, ours: Tensor, theirs: Tensor, *more: Tensor, **given: Tensor) -> Tensor:
-    """Call a term's loss, and check that it returns a scalar.
-
-    Raises:
-        UserError: The loss cannot compare the tensors, or does not return a scalar tensor.
-    """
+    """Call a term's loss, and check that it returns a scalar tensor."""
     sides = f"student {tuple(ours.shape)}, teacher {tuple(theirs.shape)}"
     try:
         value = term.function(ours, theirs, *more, **given)
@@ -243,7 +218,7 @@ def _call(term: Term, ours: Tensor, theirs: Tensor, *more: Tensor, **given: Tens
         if ours.shape == theirs.shape:
             raise
         hint = "" if term.kind.unit in ("box", "object") else (
-            "; an adapter gives a student's layer the teacher's shape: "
+            "; add an adapter that maps the student's layer to the teacher's shape: "
             f"adapters: {{{term.student}: {{kind: conv1x1, to: {term.teacher}}}}}"
         )  # fmt: skip
         first = str(error).partition("\n")[0]
@@ -259,7 +234,7 @@ def _call(term: Term, ours: Tensor, theirs: Tensor, *more: Tensor, **given: Tens
 
 def _labels(term: Term, rows: Rows) -> Tensor:
     if rows.labels is None:
-        raise UserError(f"losses: {term.name}: needs labels of objects, but there are none")
+        raise UserError(f"losses: {term.name}: needs labels of objects, but the batch has none")
     return rows.labels
 
 
@@ -273,10 +248,9 @@ def _mask(masks: Masks, name: str, term: Term, task: Task) -> Mask:
 
 
 def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
-    """Return the terms, with the weights of losses that have some initialised at random.
+    """Return the terms, with the weights of losses initialised by torch's global generator.
 
-    torch's global random number generator is used. `teacher` has the teachers' outputs of one
-    batch by name; dimension 1 of an output is the number of channels that the loss is built for.
+    Dimension 1 of a teacher's output in `teacher` is the number of channels its loss is built for.
     """
 
     def built(term: Term) -> Term:
@@ -289,7 +263,7 @@ def draw_modules(terms: Sequence[Term], teacher: Output) -> list[Term]:
 def modules_of(
     terms: Sequence[Term], *, trained: Literal["student", "critic"]
 ) -> dict[str, nn.Module]:
-    """Return the losses whose weights are trained with the student or as critics, by term."""
+    """Return the losses whose weights are trained with the student or as critics, by term name."""
     return {
         term.name: term.function
         for term in terms
@@ -300,7 +274,7 @@ def modules_of(
 def _take(outputs: Output, name: str, term: str, who: str) -> Tensor:
     if name not in outputs:
         raise UserError(
-            f"losses: {term}: the {who} gives no {name!r}; it gives: {', '.join(outputs)}"
+            f"losses: {term}: the {who} has no output {name!r}; it has: {', '.join(outputs)}"
         )
     return outputs[name]
 
@@ -310,7 +284,7 @@ def check_weights(losses: Mapping[str, object], weights: Mapping[str, float]) ->
     if losses.keys() != weights.keys():
         alone = sorted(losses.keys() ^ weights.keys())
         raise UserError(
-            f"losses and weights differ in: {', '.join(alone)} "
+            f"each loss needs one weight; unmatched: {', '.join(alone)} "
             f"(losses: {', '.join(losses)}; weights: {', '.join(weights)})"
         )
 

@@ -13,10 +13,10 @@ class Variant:
     """One way to train the student; a recipe compares several.
 
     Args:
-        name: Name of the variant: of its run folder, its curves and its column in tables.
+        name: Name of the run folder, of the curves and of the column in tables.
         terms: Distillation terms that the student learns from, in addition to the labels.
-        watched: Terms that are logged without training on them, if the targets are cached anyway.
-        context_head: Whether a student that can have a context head has one.
+        watched: Terms that are logged but not trained on, if the targets are cached anyway.
+        context_head: False removes the context head from students that can have one.
         shuffled: Whether each cached posterior is assigned to another object, as a control.
     """
 
@@ -34,15 +34,13 @@ class Variant:
 
 
 def variants_of(recipe: DistillRecipe) -> dict[str, Variant]:
-    """Return all variants that a recipe may name, by name.
+    """Return all variants that a recipe may name, by name; its ablations add more to these.
 
     - `plain` learns from labels only.
     - `distilled` learns from labels and from the recipe's terms.
     - `no_context` is `plain` without the context head.
     - `shuffled` is `distilled` with each posterior assigned to another object.
-    - `output_kd` has no context head; its output is trained towards the teacher's posterior.
-
-    The recipe's ablations add more variants.
+    - `output_kd` has no context head; its class scores are trained towards the teacher's posterior.
     """
     own = TermSection(name="output_kd", weight=1.0, options={"temperature": 1.0})
     variants = [

@@ -1,7 +1,7 @@
 """Write and read checkpoints.
 
-Files are written atomically, a resumed run continues exactly where it stopped, and no code that a
-file may contain is run.
+Files are written atomically. A resumed run gives the same result as an uninterrupted one. Reading a
+file never runs code that it contains.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ class Progress:
 
 
 def _torch_save(content: Any, partial: Path) -> None:
-    """Call `torch.save`, but raise OSError if the disk is full.
-
-    `torch.save` itself then raises a RuntimeError about positions in a zip file.
-    """
+    """Call `torch.save`, but raise an OSError if the disk is full instead of its RuntimeError."""
     with open(partial, "wb") as file:
         try:
             torch.save(content, file)
@@ -70,7 +67,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Set every global random number generator of this process to a result of `rng_state`."""
+    """Restore every global random number generator of this process from a result of `rng_state`."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), next_gauss))
     name, key, place = state["numpy"]
@@ -84,42 +81,34 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def save_checkpoint(
     path: Path, progress: Progress, config: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint with everything that resuming needs.
+    """Write a checkpoint with everything that resuming needs, in place of the previous one.
+
+    If the disk is full, or weights of the model or a critic are not finite, a UserError is raised
+    and the previous checkpoint stays.
 
     Args:
-        path: File to write; it replaces the previous checkpoint.
+        path: File to write.
         progress: Position in training.
         config: The resolved recipe.
         parts: State dicts and states of random number generators, by name.
-
-    Raises:
-        UserError: The disk is full, or weights of the model or of a critic are not finite. The
-            previous checkpoint is then unchanged.
     """
     weights = dict(parts.get("model", {}))
     for name, critic in parts.get("critics", {}).items():
         weights |= {f"{name}.{key}": tensor for key, tensor in critic["model"].items()}
     broken = _not_finite(weights)
     if broken is not None:
-        last = "the last good checkpoint stays" if path.is_file() else "there is no earlier one"
+        last = "the previous one is unchanged" if path.is_file() else "there is no previous one"
         raise UserError(
-            f"{path}: not written: {broken} is not finite after step {progress.step}; {last}. "
-            f"{REMEDIES}"
+            f"{path}: checkpoint not written, because {broken} is not finite after step "
+            f"{progress.step}; {last}. {REMEDIES}"
         )
-    content = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "config": dict(config),
-        "parts": dict(parts),
-    }
+    content = {"format": FORMAT, "progress": asdict(progress),
+               "config": dict(config), "parts": dict(parts)}  # fmt: skip
     write_atomic(path, lambda partial: _torch_save(content, partial))
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor with NaN or infinity, or None.
-
-    The device is synchronised only once, for all tensors together.
-    """
+    """Return the name of the first tensor with NaN or infinity, or None; synchronise only once."""
     names = [name for name, tensor in state.items() if tensor.is_floating_point()]
     if not names:
         return None
@@ -128,11 +117,9 @@ def _not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any]]:
-    """Read a checkpoint without running any code that it may contain.
+    """Read a checkpoint: position in training, resolved recipe, and `parts` of `save_checkpoint`.
 
-    Returns:
-        The position in training, the resolved recipe, and the state dicts by name, as they were
-        given to `save_checkpoint`.
+    Code in the file is not run.
 
     Raises:
         UserError: The file is missing, corrupt or not a checkpoint of this version.
@@ -140,12 +127,12 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no checkpoint there") from None
+        raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
         # torch's own message recommends weights_only=False, which runs the code.
         raise UserError(
-            f"{path}: refused: truncated, or contains objects whose loading could run code, which "
-            "checkpoints of kd do not"
+            f"{path}: not loaded: it is truncated, or it contains objects whose loading could run "
+            "code (checkpoints of kd contain none)"
         ) from error
     except Exception as error:
         # Broken zips, truncated files and folders raise many types of exceptions.
@@ -153,7 +140,7 @@ def load_checkpoint(path: Path) -> tuple[Progress, dict[str, Any], dict[str, Any
         raise UserError(f"{path}: not a checkpoint, or corrupt: {first}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: checkpoint format {got}, this version reads {FORMAT}")
+        raise UserError(f"{path}: checkpoint format {got}; this version reads only {FORMAT}")
     try:
         return Progress(**content["progress"]), content["config"], content["parts"]
     except (KeyError, TypeError) as error:
@@ -175,39 +162,31 @@ def load_model(path: Path, model: nn.Module) -> None:
     try:
         state = load_file(path)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; if the run has not finished, use --resume"
-        ) from None
+        hint = "if the run has not finished, resume it with --resume"
+        raise UserError(f"{path}: no such file; {hint}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file: {error}") from error
     load_state(model, state, path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict that was read from `path`.
-
-    Raises:
-        UserError: Weights are missing, unexpected or of another shape; the message names them.
-    """
+    """Load a state dict read from `path`; a UserError lists weights that do not fit the model."""
     own = model.state_dict()
-    odd = [f"missing {name}" for name in own if name not in state]
-    odd += [f"unexpected {name}" for name in state if name not in own]
-    odd += [
+    misfits = [f"missing {name}" for name in own if name not in state]
+    misfits += [f"unexpected {name}" for name in state if name not in own]
+    misfits += [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    if odd:
-        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-        raise UserError(f"{path}: weights of another model: {'; '.join(odd[:4])}{more}")
+    if misfits:
+        more = f" and {len(misfits) - 4} more" if len(misfits) > 4 else ""
+        raise UserError(f"{path}: weights of another model: {'; '.join(misfits[:4])}{more}")
     model.load_state_dict(dict(state))
 
 
 def config_differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """List the differences between two resolved configs.
-
-    Each line has a dotted key, the value in `old` after "there" and that in `new` after "now".
-    """
+    """List the differences of two resolved configs, as "dotted.key: OLD there, NEW now"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         found: list[str] = []
         for key in [*old, *(key for key in new if key not in old)]:

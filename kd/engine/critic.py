@@ -1,8 +1,8 @@
-"""Train the critic of a holistic term, in an optimiser step that follows the student's step.
+"""Train the critic of a holistic term, in an optimiser step after the student's step.
 
 DDP does not support the second derivatives of the critic's gradient penalty. Therefore the critic
-is not part of the module that DDP wraps, and its gradients are averaged over ranks here. All ranks
-have the same critic weights and take the same steps.
+is outside the DDP wrapper, and its gradients are averaged over ranks here. All ranks have the same
+critic weights and take the same steps.
 """
 
 from __future__ import annotations
@@ -43,15 +43,10 @@ class CriticTraining:
     def step(
         self, judged: Sequence[tuple[Mean, Tensor | float]], accelerator: Accelerator
     ) -> Tensor:
-        """Train the critic for one step, on the score maps of the student's last step.
+        """Train the critic for one step; return its detached losses, one per micro-batch, (M,).
 
-        Args:
-            judged: For each micro-batch, the holistic term's `Mean`, whose `judged` holds the
-                detached score maps and images, and the factor of the micro-batch's loss.
-            accelerator: Devices and processes.
-
-        Returns:
-            The critic's detached losses, one for each micro-batch, (M,).
+        `judged` has, for each micro-batch, the holistic term's `Mean` (whose `judged` holds the
+        score maps and images of the student's last step) and the factor of the micro-batch's loss.
         """
         values = []
         for mean, scale in judged:
@@ -68,11 +63,7 @@ class CriticTraining:
         return torch.stack(values)
 
     def _add_up(self, world: int) -> None:
-        """Average gradients over `world` ranks.
-
-        The result is the gradient of the whole batch, because each loss was multiplied by the
-        number of ranks before, as for DDP.
-        """
+        """Average gradients over ranks; the losses were multiplied by `world`, as for DDP."""
         gradients = [p.grad for p in self.adversary.parameters() if p.grad is not None]
         together = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(together)
@@ -90,11 +81,7 @@ class CriticTraining:
         }
 
     def load(self, state: Mapping[str, Any], path: Path) -> None:
-        """Restore a result of `state()` that was read from the checkpoint `path`.
-
-        Raises:
-            UserError: The stored critic has other weights or shapes.
-        """
+        """Restore a result of `state()` that was read from the checkpoint `path`."""
         load_state(self.adversary, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -1,8 +1,7 @@
 """The training loop of teachers and students: `fit`, `train_step` and `evaluate`.
 
-Several processes or micro-batches give the same gradient as one large batch. For this, the mean of
-each loss is weighted by the fraction of the whole batch's objects (or images, boxes, cells) that
-the process or micro-batch has.
+Several processes or micro-batches give the same gradient as one large batch: the mean of each loss
+is weighted by the process's or micro-batch's fraction of all objects (or images, boxes, cells).
 """
 
 from __future__ import annotations
@@ -30,16 +29,13 @@ from kd.problems.base import Batch, Collector, Mask, Mean, Task, cached_masks
 def forward_losses(
     model: nn.Module, batch: Batch, objective: Objective, masks: Mapping[str, Mask] | None = None
 ) -> dict[str, Mean]:
-    """Compute the supervised losses and distillation terms of one batch, unweighted.
+    """Compute the supervised losses and distillation terms of one batch, unweighted, by name.
 
     Args:
-        model: An `AdaptedStudent`, which DDP may wrap.
+        model: An `AdaptedStudent`, possibly wrapped by DDP.
         batch: The batch, on the device.
         objective: The task, the distillation terms and the source of soft targets.
-        masks: The task's masks of this batch; None: they are built here.
-
-    Returns:
-        Each loss by name, with the unit of its mean.
+        masks: The task's masks of this batch; None: compute them.
     """
     task = objective.task
     masks = task.masks(batch) if masks is None else masks
@@ -67,8 +63,8 @@ def _scales(
 ) -> list[dict[str, Tensor | float]]:
     """Return, for each micro-batch, the factor of a loss by the unit of its mean.
 
-    The factor is the fraction of the whole batch's units that the micro-batch has, times the
-    number of processes. `counts` has the number of units of each micro-batch.
+    The factor is the micro-batch's fraction of the whole batch's units (`counts`), times the number
+    of processes.
     """
     world = accelerator.num_processes
     if world == 1 and len(counts) == 1:
@@ -88,17 +84,13 @@ def _scales(
 def train_step(
     training: Training, batches: Sequence[Batch], objective: Objective, weights: Mapping[str, float]
 ) -> tuple[Sums, Sums]:
-    """Take one optimiser step over one or more micro-batches.
+    """Take one optimiser step over one or more micro-batches of this process, on the device.
 
-    Args:
-        training: Model, optimiser, schedule and critics.
-        batches: The micro-batches of this process, on the device.
-        objective: The losses to minimise.
-        weights: Weight of each loss by name.
+    `weights` has the weight of each loss by name.
 
     Returns:
-        Two dicts by name of the loss, and `total`: the sum over micro-batches of the loss times
-        its count, and the sum of the counts. The values are detached, of this process only.
+        Two dicts by name of the loss, and `total`: the sum over micro-batches of the loss times its
+            count, and the sum of the counts. The values are detached, of this process only.
     """
     accelerator = training.accelerator
     sums: Sums = {}
@@ -116,7 +108,7 @@ def train_step(
         for name, loss in losses.items():
             add(sums, name, loss.value.detach() * own[loss.unit])
             add(counts, name, own[loss.unit])
-        add(sums, "total", total.detach())  # scaled: micro-batches add up to one step
+        add(sums, "total", total.detach())  # already scaled, so that micro-batches can be summed
         taken.append({name: loss.detach() for name, loss in losses.items()})
     counts["total"] = torch.ones_like(sums["total"])
     if training.clip_norm:
@@ -150,20 +142,18 @@ def fit(
 ) -> None:
     """Train until `epochs` epochs are done in total, including epochs before a resume.
 
+    A loss that is not finite is a UserError, and no new checkpoint is written. If training is
+    interrupted, KeyboardInterrupt is raised after a checkpoint was written.
+
     Args:
         training: What is trained, at the position where training starts or resumes.
         objective: The losses to minimise.
-        loader: Batches; one item is one micro-batch of this process.
+        loader: Yields the micro-batches of this process.
         epochs: Total number of epochs.
         hooks: Callbacks for logs, checkpoints, evaluation and interruption.
         accumulate: Number of micro-batches per optimiser step.
         log_every: Steps between log entries.
         checkpoint_every: Steps between checkpoints within an epoch; 0: only at the end of epochs.
-
-    Raises:
-        UserError: A loss is not finite, or an image cannot be read. If a loss is not finite, no
-            new checkpoint is written.
-        KeyboardInterrupt: Training was interrupted; a checkpoint has been written.
     """
     place, alone = training.progress, training.accelerator.num_processes == 1
     steps = epochs * math.ceil(len(loader) / accumulate)
@@ -213,9 +203,9 @@ def _groups(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Yield the micro-batches of each step: `size`, or fewer in the last step of an epoch.
 
-    If an image cannot be read, `save` writes a checkpoint before the UserError ends training. With
-    several processes `save` is None, because only one rank has found the image and a checkpoint
-    needs all ranks.
+    If an image cannot be read, `save` writes a checkpoint before the UserError ends training. It is
+    None with several processes, because all ranks would have to call it, but only one has the
+    error.
     """
     group: list[dict[str, Tensor]] = []
     try:
@@ -235,8 +225,7 @@ def _groups(
 def _stop_requested(hooks: Hooks, accelerator: Accelerator, *, poll: bool) -> bool:
     """Return whether any process was interrupted, so that all stop after the same step.
 
-    With several processes the answer has to be synchronised, which waits for the device. Therefore
-    this always returns False unless `poll` is true.
+    With several processes this synchronises the device, so it returns False unless `poll` is true.
     """
     if accelerator.num_processes == 1:
         return hooks.stop()
@@ -260,17 +249,9 @@ def evaluate(
     """Predict every batch of `loader`, add the predictions to `metric`, and gather all ranks.
 
     With several processes, the model's buffers, such as batch norm statistics, are first
-    overwritten with those of rank 0.
-
-    Args:
-        model: An `AdaptedStudent` without the DDP wrapper.
-        task: Prepares inputs and decodes outputs.
-        loader: Batches of this rank.
-        metric: Receives the decoded predictions.
-        accelerator: Devices, processes and precision.
-        channels_last: Whether images are in the channels-last memory format.
+    overwritten with those of rank 0. `model` is an `AdaptedStudent` without the DDP wrapper.
     """
-    if accelerator.num_processes > 1:  # as DDP does it before each step of training
+    if accelerator.num_processes > 1:  # as DDP does before each training step
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     loader.set_epoch(0)

@@ -17,8 +17,8 @@ from kd.errors import UserError
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Update `average`, an exponential moving average of a model's weights and buffers.
 
-    In the first steps the decay is limited to (1 + step) / (10 + step), so that the average
-    forgets the initial weights soon. Integer buffers are copied.
+    In the first steps the decay is at most (1 + step) / (10 + step), so that the initial weights
+    soon lose their influence. Integer buffers are copied.
     """
     decay = min(decay, (1 + step) / (10 + step))
     ours, theirs = average.state_dict(), model.state_dict()
@@ -41,7 +41,7 @@ def make_schedule(
     """Build a learning rate schedule that is a pure function of the step.
 
     Args:
-        optimizer: Optimiser whose learning rates are multiplied by the schedule's factor.
+        optimizer: Optimiser whose learning rates the schedule multiplies.
         steps: Total number of training steps.
         name: constant, cosine, linear or poly.
         warmup: Fraction of the steps over which the rate rises from near 0 to the full rate.
@@ -84,12 +84,9 @@ def make_optimizer(
         lr: Base learning rate.
         weight_decay: Weight decay; biases and norms have none.
         momentum: Momentum of sgd, or the first beta of adam and adamw.
-        lr_scale: Factors on the learning rate. A key is a prefix of parameter names; of several
-            prefixes of a name, the longest counts.
-        decay_scale: Factors on the weight decay, with keys as in `lr_scale`.
-
-    Raises:
-        UserError: A key of `lr_scale` or `decay_scale` is not a prefix of any parameter name.
+        lr_scale: Factors on the learning rate, by prefix of parameter names; the longest matching
+            prefix applies. A prefix that no parameter has is a UserError.
+        decay_scale: Factors on the weight decay, likewise.
     """
     names = [full.removeprefix("student.") for full, _ in model.named_parameters()]
     rates = _by_prefix(names, lr_scale or {}, "lr_scale")
@@ -113,15 +110,12 @@ def make_optimizer(
 
 
 def _by_prefix(names: Sequence[str], factors: Mapping[str, float], what: str) -> list[float]:
-    """Return, for each name, the factor of the longest key that is a prefix of it, or 1.
-
-    `what` is the name of the option, for the UserError about a key that is no name's prefix.
-    """
+    """Return the factor of the longest prefix of each name, or 1; `what` is the option's name."""
     fitting = [[prefix for prefix in factors if name.startswith(prefix)] for name in names]
     if unknown := set(factors) - {prefix for found in fitting for prefix in found}:
         tops = ", ".join(sorted({name.split(".")[0] for name in names}))
         raise UserError(
-            f"optimizer.{what}: no parameter starts with {', '.join(sorted(unknown))}; "
-            f"the model has {tops}"
+            f"optimizer.{what}: no parameter name starts with {', '.join(sorted(unknown))}; "
+            f"the model's parameters start with {tops}"
         )
     return [factors[max(found, key=len)] if found else 1.0 for found in fitting]

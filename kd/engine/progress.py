@@ -21,8 +21,8 @@ _SECONDS_BETWEEN_LINES = 15
 class CleanStop:
     """A context manager that catches the first Ctrl-C or SIGTERM.
 
-    Training calls the object after each step: it returns whether a signal has arrived, so that
-    training can write a checkpoint and stop. A second signal raises KeyboardInterrupt at once.
+    Calling the object returns whether a signal has arrived, so that training can write a checkpoint
+    and stop after the current step. A second signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class CleanStop:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._old[number] = signal.signal(number, self._request)
-            except ValueError:  # signals reach the main thread only
+            except ValueError:  # only the main thread can handle signals
                 break
         return self
 
@@ -58,8 +58,8 @@ class ProgressBar:
     Args:
         label: Name of the run.
         steps: Total number of steps.
-        done: Steps that an earlier run has already taken.
-        enabled: False on all processes but one, which then show nothing.
+        done: Number of steps completed before a resume.
+        enabled: False on all processes but one; then nothing is shown.
     """
 
     def __init__(self, label: str, steps: int, done: int, *, enabled: bool = True) -> None:

@@ -53,10 +53,10 @@ class Objective:
     Attributes:
         task: Computes the supervised losses.
         weights: Weights of the supervised losses by name.
-        terms: Distillation terms, which have weights of their own.
+        terms: Distillation terms, which define their own weights.
         soft_targets: Source of the teachers' outputs that the terms compare.
-        watched: Whether the terms are only logged, without weight or gradient. A plain student's
-            terms are, so that its curves can be compared with those of a distilled student.
+        watched: Whether the terms are only logged, without gradient. A plain student's terms are
+            logged to compare its curves with those of a distilled student.
     """
 
     task: Task
@@ -66,16 +66,13 @@ class Objective:
     watched: bool = False
 
     def weights_at(self, progress: float, step: int = 0) -> dict[str, float]:
-        """Return the weight of each loss by name, after `step` steps.
-
-        `progress` is the fraction of training that is done, in 0..1.
-        """
+        """Return each loss's weight after `step` steps, at a fraction `progress` of training."""
         own = {t.name: 0.0 if self.watched else t.weight_at(progress, step) for t in self.terms}
         return {**self.weights, **own}
 
     @property
     def units(self) -> set[str]:
-        """Units of the terms' means that the task has to count in addition to its own units."""
+        """Units that the task has to count for the terms' means, in addition to its own units."""
         return {term.count for term in self.terms if term.count}
 
 
@@ -88,7 +85,7 @@ class Training:
         model: The `AdaptedStudent`, wrapped by DDP if there are several processes.
         optimizer: Optimiser of the model.
         schedule: Learning rate schedule of the optimiser.
-        ema: Exponential moving average of the model; None if no average is kept.
+        ema: Exponential moving average of the model, or None.
         ema_decay: Decay of that average.
         clip_norm: Largest norm of the gradient; 0 turns clipping off.
         channels_last: Whether images are in the channels-last memory format.
@@ -126,7 +123,7 @@ class Training:
 
     @property
     def rate(self) -> float:
-        """Learning rate of the next step, before `lr_scale` multiplies it for some parameters."""
+        """Learning rate of the next step, before any factor of `lr_scale`."""
         group = self.optimizer.param_groups[0]
         base: float = self.optimizer.defaults["lr"]
         return base * float(group["lr"]) / float(group["initial_lr"])
@@ -152,10 +149,7 @@ class Hooks:
 
 
 def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint to `path`; every rank has to call this.
-
-    The checkpoint has the states of the random number generators of all ranks.
-    """
+    """Write a checkpoint with the random states of all ranks; every rank has to call this."""
     accelerator = training.accelerator
     streams: list[Any] = [rng_state()]
     if accelerator.num_processes > 1:
@@ -176,18 +170,13 @@ def save_training(training: Training, path: Path, config: Mapping[str, Any]) -> 
 
 
 def resume_training(training: Training, path: Path) -> None:
-    """Restore a training run from a checkpoint.
-
-    Raises:
-        UserError: The checkpoint cannot be read, or was written for another model or by another
-            number of processes.
-    """
+    """Restore a training run from a checkpoint of the same model and number of processes."""
     accelerator = training.accelerator
     place, _, parts = load_checkpoint(path)
     streams = parts["streams"]
     if len(streams) != accelerator.num_processes:
         raise UserError(
-            f"{path}: written by {len(streams)} processes, cannot be resumed with "
+            f"{path}: written by {len(streams)} processes; it cannot be resumed with "
             f"{accelerator.num_processes}"
         )
     load_state(training.unwrapped, parts["model"], path)
@@ -209,8 +198,8 @@ def add(sums: Sums, name: str, value: Tensor) -> None:
 class Window:
     """Sums of the losses since the last log entry.
 
-    They stay on the device, so that a step does not wait for it; `close` sums them over ranks and
-    returns the means.
+    They stay on the device to avoid synchronising it at each step; `close` returns the means over
+    all ranks.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -229,8 +218,7 @@ class Window:
     def close(self, step: int) -> dict[str, float]:
         """Return the mean of each loss and the learning rate by tag, and start a new window.
 
-        Raises:
-            UserError: A loss is not finite.
+        A loss that is not finite is a UserError.
         """
         if not self._sums:
             return {}
@@ -248,7 +236,7 @@ class Window:
         if broken:
             raise UserError(
                 f"loss {', '.join(broken)} is not finite at step {step}; training stopped. The "
-                f"last good checkpoint, if any, is unchanged. {REMEDIES}"
+                f"last checkpoint, if any, is unchanged. {REMEDIES}"
             )
         means = {
             f"loss/{name}": value / count
@@ -258,11 +246,11 @@ class Window:
         return {**means, "train/lr": self.rate}
 
     def warn_of_empty_losses(self, epoch: int) -> None:
-        """Log a warning for each loss whose mean was over nothing in the whole of `epoch`."""
+        """Log a warning for each loss that was a mean over nothing in the whole of `epoch`."""
         for name, counted in self._counted.items():
             if not counted:
                 log.warning(
-                    "epoch %d: loss %s had no effect: no labelled object, or an empty mask",
+                    "epoch %d: loss %s had no effect: no labelled object, or all masks are empty",
                     epoch, name,
                 )  # fmt: skip
         self._counted = {}

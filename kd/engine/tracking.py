@@ -1,7 +1,4 @@
-"""Write TensorBoard events and `metrics.jsonl`.
-
-All runs use the same tags, so that their curves can be compared in one plot.
-"""
+"""Write TensorBoard events and `metrics.jsonl`, with the same tags for all runs."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ class Tracker:
     Args:
         folder: Run folder.
         enabled: False on all processes but one; then nothing is written.
-        resume_step: Step of the checkpoint that training resumes from. Scalars that the
-            interrupted run wrote after this step are removed, because the steps are repeated.
+        resume_step: Step of the checkpoint that training resumes from; scalars of later steps are
+            removed, because these steps are repeated.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resume_step: int = 0) -> None:
@@ -43,16 +40,15 @@ class Tracker:
             write_atomic(path, lambda p: p.write_text(_lines_up_to(path, resume_step)))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be written: {error}; choose another --out"
-            ) from error
+            hint = "choose another folder with --out"
+            raise UserError(f"{folder}: cannot be written: {error}; {hint}") from error
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._writer: Any = SummaryWriter(
             str(folder), purge_step=resume_step + 1 if resume_step else None
         )
-        # Curves are written even if training ends in an error.
+        # Write the curves even if training ends in an error.
         self._end = weakref.finalize(self, _end, self._writer, self._file)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -115,12 +111,13 @@ class Tracker:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._folder}: curves cannot be written: {error}; free disk space, then --resume"
+                f"{self._folder}: curves cannot be written: {error}; free disk space, then resume "
+                "with --resume"
             ) from error
 
 
 def _end(writer: Any, file: IO[str]) -> None:
-    """Close the files; ignore errors, because a full disk was reported when it was written to."""
+    """Close the files; ignore errors, because failed writes were already reported."""
     for one in (file, writer):
         with contextlib.suppress(OSError):
             one.close()
@@ -142,7 +139,7 @@ def _lines_up_to(path: Path, step: int) -> str:
 
 
 def flatten(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Flatten nested settings to a dict with dotted keys, which begin with `place`."""
+    """Flatten nested settings to a dict with dotted keys, with `place` as their prefix."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{place}.{key}" if place else str(key)

@@ -332,7 +332,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_loads(
     arguments = ["--out", "run", *settings(data, *more, "train.optimizer.lr=1e20")]
     line = only_error(command(kd.train_teacher.main, TEACHER, *arguments))
     assert "not finite" in line
-    assert "The last good checkpoint, if any, is unchanged" in line
+    assert "The last checkpoint, if any, is unchanged" in line
     assert "train.optimizer.lr" in line
     assert not Path("run/model.safetensors").exists()
     place, _, parts = load_checkpoint(Path("run/last.pt"))
@@ -480,7 +480,11 @@ def test_evaluating_what_is_no_run_is_named(command: Command, tmp_path: Path) ->
         (TEACHER, "teacher.name=ccn", "unknown teacher 'ccn'; did you mean 'cnn'?"),
         (TEACHER, "teacher.options.widht=4", "unknown option 'widht'; did you mean 'width'"),
         (TEACHER, "task.name=contxt", "unknown task 'contxt'; did you mean 'context'"),
-        (TEACHER, "task.weights={masked_bce: 1.0}", "losses and weights differ in: masked_bce"),
+        (
+            TEACHER,
+            "task.weights={masked_bce: 1.0}",
+            "each loss needs one weight; unmatched: masked_bce",
+        ),
         (TEACHER, "data.augment={flop: 0.5}", "flop"),
         (TEACHER, "train.optimizer.lr_scale={trunc: 0.1}", "trunc"),
         (TEACHER, "data.prepared=nowhere", "nowhere"),

@@ -72,7 +72,7 @@ def test_conv3x3_where_nothing_or_much_counts() -> None:
 
 def test_conv3x3_takes_places_of_its_own_grid_alone_and_no_image_at_all() -> None:
     adapter = ADAPTERS["conv3x3"].load()(3, 5)
-    with pytest.raises(UserError, match=r"places \(2, 4, 6\) do not fit features \(2, 3, 6, 4\)"):
+    with pytest.raises(UserError, match=r"mask \(2, 4, 6\) does not fit features \(2, 3, 6, 4\)"):
         adapter(torch.randn(2, 3, 6, 4), torch.ones(2, 4, 6))
     assert adapter(torch.randn(0, 3, 6, 4), torch.ones(0, 6, 4)).shape == (0, 5, 6, 4)
 

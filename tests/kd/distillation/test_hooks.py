@@ -152,7 +152,7 @@ def test_a_dict_without_a_key_says_which_there_are() -> None:
     model = Network()
     taps = FeatureTaps(model, ["neck"])
     model(IMAGES)
-    with pytest.raises(UserError, match="gives a dict, not a tensor; name one entry: 0, pool"):
+    with pytest.raises(UserError, match="returns a dict, not a tensor; select one of 0, pool"):
         taps.collect()
 
 

@@ -67,7 +67,7 @@ def test_a_batch_without_hidden_objects_gets_none() -> None:
 @pytest.mark.parametrize("stranger", [0, 101, 10_000])
 def test_an_unknown_object_is_named(stranger: int) -> None:
     source = stored()
-    message = rf"posteriors: no posterior for 1 objects, first annotation {stranger};"
+    message = rf"posteriors: 1 objects have no posterior, such as annotation {stranger};"
     with pytest.raises(UserError, match=message):
         source({}, batch_of(100, stranger))
     with pytest.raises(UserError, match=message):
@@ -76,7 +76,7 @@ def test_an_unknown_object_is_named(stranger: int) -> None:
 
 
 def test_no_posteriors_at_all_are_refused() -> None:
-    with pytest.raises(UserError, match="no object has a posterior"):
+    with pytest.raises(UserError, match="no posterior is cached"):
         CachedPosteriors(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
 
 
@@ -143,7 +143,7 @@ def test_logits_are_averaged_only_where_all_give_them_in_one_shape() -> None:
     assert "mean.logits" not in Teachers(Says(logits=one), {"b": Says(logits=two)}, [1.0, 1.0])(
         {}, Rows()
     )
-    with pytest.raises(UserError, match="2 teachers have 1 weights"):
+    with pytest.raises(UserError, match="got 1 weights for 2 teachers"):
         Teachers(Says(), {"b": Says()}, [1.0])
 
 
@@ -199,7 +199,7 @@ def test_boxes_that_nobody_asked_about_have_no_posterior_and_are_not_counted() -
     assert known_counts(CachedTeacher(None), boxes_of(1)) == known_counts(Says(), boxes_of(1)) == {}
     source.check_knows(torch.tensor([5, 225]))
     with pytest.raises(
-        UserError, match="no object has a posterior; they were computed for another dataset"
+        UserError, match="no object has a posterior; the cache is of another dataset"
     ):
         source.check_knows(torch.tensor([5, 6]))
 
@@ -219,5 +219,5 @@ def test_each_stored_teacher_knows_its_own_boxes_and_their_mean_those_of_all() -
 def test_without_the_first_teacher_the_others_keep_their_names() -> None:
     alone = Teachers(None, {"more": Says(neck=torch.ones(1))}, [2.0])
     assert set(alone({}, Rows())) == {"more.neck"}
-    with pytest.raises(UserError, match="1 teachers have 2 weights"):
+    with pytest.raises(UserError, match="got 2 weights for 1 teachers"):
         Teachers(None, {"more": Says()}, [1.0, 1.0])

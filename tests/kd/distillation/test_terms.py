@@ -134,9 +134,9 @@ def test_a_layer_is_looked_at_where_any_of_its_readers_masks_says_so() -> None:
 def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
     term = build_term(TermSection(name="context_logits", weight=1.0))
     logits = torch.zeros(1, 2)
-    with pytest.raises(UserError, match="the student gives no 'context'; it gives: logits"):
+    with pytest.raises(UserError, match="the student has no output 'context'; it has: logits"):
         distillation_losses([term], {"logits": logits}, {"posterior": logits}, TASK, asked([0]), {})
-    with pytest.raises(UserError, match="the teacher gives no 'posterior'; it gives: neck"):
+    with pytest.raises(UserError, match="the teacher has no output 'posterior'; it has: neck"):
         distillation_losses([term], {"context": logits}, {"neck": logits}, TASK, asked([0]), {})
 
 
@@ -156,7 +156,7 @@ def test_a_wrong_term_is_refused_when_it_is_built() -> None:
         build_term(TermSection(name="context_logits", weight=1.0, options={"temprature": 2.0}))
     with pytest.raises(UserError, match="option 'temperature' must be a valid number, got '2'"):
         build_term(TermSection(name="context_logits", weight=1.0, options={"temperature": "2"}))
-    with pytest.raises(UserError, match="losses: pair_wise: name the layers"):
+    with pytest.raises(UserError, match="losses: pair_wise: the keys `student` and `teacher`"):
         build_term(TermSection(name="pair_wise", weight=1.0, student="layer4"))
 
 
@@ -206,7 +206,7 @@ def test_the_total_is_each_loss_by_its_weight_and_its_units_scale() -> None:
 
 
 def test_a_loss_without_a_weight_or_the_reverse_is_refused() -> None:
-    with pytest.raises(UserError, match=r"losses and weights differ in: b, c"):
+    with pytest.raises(UserError, match=r"each loss needs one weight; unmatched: b, c"):
         check_weights({"a": 0, "b": 0}, {"a": 1.0, "c": 1.0})
     check_weights({"a": 0}, {"a": 1.0})
 

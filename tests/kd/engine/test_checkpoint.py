@@ -99,7 +99,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, how: str) -
 
 def test_a_checkpoint_that_is_missing_broken_or_foreign_is_named(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    with pytest.raises(UserError, match=r"last\.pt: no checkpoint there"):
+    with pytest.raises(UserError, match=r"last\.pt: no such checkpoint"):
         load_checkpoint(path)
     save(path, model={"w": torch.ones(1000)})
     whole = path.read_bytes()
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_is_missing_broken_or_foreign_is_named(tmp_path: Path)
             load_checkpoint(path)
         assert "\n" not in str(caught.value)
     torch.save({"format": 99}, path)
-    with pytest.raises(UserError, match="checkpoint format 99, this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads only 1"):
         load_checkpoint(path)
     torch.save([1], path)
     with pytest.raises(UserError, match="checkpoint format list"):
@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path: 
     save(path, model={"w": torch.ones(2), "n": torch.tensor(3)})
     good = path.read_bytes()
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"last\.pt: not written: b is not finite after step 3"):
+        with pytest.raises(UserError, match=r"last\.pt: .* b is not finite after step 3"):
             save(path, model={"w": torch.ones(2), "b": torch.tensor([1.0, bad])})
     assert path.read_bytes() == good
 

@@ -335,7 +335,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint() -> None:
     training = start(PLAIN_SGD.model_copy(update={"optimizer": Optimizer(name="sgd", lr=1e30)}))
     hooks = quiet(checkpoint=lambda: saved.append(training.progress.step))
     batches = [make_batch([2, 2], seed=seed) for seed in range(6)]
-    with pytest.raises(UserError, match=r"loss cross_entropy.* not finite at step 6.*last good"):
+    with pytest.raises(
+        UserError, match=r"loss cross_entropy.* not finite at step 6.*last checkpoint"
+    ):
         fit(training, objective(), Loader(batches), epochs=2, hooks=hooks, log_every=100)
     assert saved == []
 

@@ -224,7 +224,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
          "shuffled is the control of posteriors, not of pair_wise"),
         ([*MAPS_OF_A_LAYER, "data.size=64"], "data.size 64: the teacher saw 32"),
         ([*MAPS_OF_A_LAYER[:2], MAPS_OF_A_LAYER[2].replace("features.2", "mean.neck")],
-         r"means of teachers are mean.posterior and mean.logits, not 'mean\.neck'"),
+         r"a mean over teachers must be mean.posterior or mean.logits, not 'mean\.neck'"),
         ([*MAPS], "unknown layer 'seen_map'"),
         (["task.weights={cross_entropy: 1.0, other: 1.0}"], "differ in: other"),
         (["losses=[{name: context_logits, weight: 1.0, student: kontext}]"],

@@ -185,7 +185,9 @@ def test_heads_of_another_kind_are_refused(scenes: list[str], tmp_path: Path) ->
     command = ["--teacher", "fcos_resnet50", "--data", "scenes", *flags([*scenes, *small])]
     assert train_teacher.main([*command, "--out", str(tmp_path / "fcos")]) == 0
     said = refusal(scenes, tmp_path / "fcos", tmp_path / "out", "imitation")
-    assert "losses: object_logits: student (" in said and "heads of one kind" in said
+    assert (
+        "losses: object_logits: student (" in said and "both detectors must have one stage" in said
+    )
 
 
 def test_a_context_teacher_may_be_the_further_one(

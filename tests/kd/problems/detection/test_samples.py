@@ -293,7 +293,7 @@ def test_every_object_is_asked_about_where_none_is_hidden(index: CocoIndex) -> N
     some = CachedPosteriors(torch.tensor([50, 51]), logits[:2])
     found = some({}, rows)["posterior"]  # a detector's boxes may have no posterior
     assert torch.equal(found[[0, 1]], logits[:2]) and found[[2, 3]].isnan().all()
-    with pytest.raises(UserError, match="no posterior for 1 objects, first annotation 70"):
+    with pytest.raises(UserError, match="1 objects have no posterior, such as annotation 70"):
         some({}, object_rows(hidden))
 
 

@@ -368,9 +368,9 @@ def test_a_loss_of_the_users_own_has_the_whole_batchs_gradient(
 
 def test_a_plain_function_is_a_loss_if_the_recipe_says_what_its_mean_is_over() -> None:
     name = f"{__name__}:channel_means"
-    with pytest.raises(UserError, match="give the unit of its mean"):
+    with pytest.raises(UserError, match="set `unit`, what the loss is a mean over"):
         own_term(name)
-    with pytest.raises(UserError, match="its unit is 'place', leave `unit` out"):
+    with pytest.raises(UserError, match="the unit is 'place'; remove the key `unit`"):
         own_term(f"{__name__}:OWN", unit="image")
     whole = make_batch(4)
     parts = [{key: value[part] for key, value in whole.items()}
