@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from kd.data.loader import Sample, collate, to_device
 from kd.problems.base import named
-from kd.problems.context import context_task, hidden_objects
+from kd.problems.context import context_task, hidden_objects, scene_sample
+from kd.problems.inference import InputImage
 from kd.runs.load_teacher import TrainedTeacher
 from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
-from kd.utils.images import grey_image, resize, scaled_size
+from kd.utils.images import grey_image, scaled_size
 
 # Largest number of outputs of one pass, such as K * C * S * S pixel logits: half a gigabyte as
 # float32, and as much again for decoding.
@@ -113,22 +114,10 @@ def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator
     size = data.size
     height, width = question.image.shape[1:]
     scaled = scaled_size(height, width, size)
-    image = resize(question.image, scaled) if data.images else grey_image(scaled)
-    scale = torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2)
-    stored = question.boxes.float()
-    boxes = stored * scale
-    usable = torch.zeros(len(boxes), dtype=torch.bool)
-    usable[question.hidden] = True
-    sample = {
-        "images": pad(image, size),
-        "sizes": torch.tensor(scaled),
-        "image_ids": torch.tensor(0),
-        "boxes": boxes,
-        "labels": question.labels.long(),
-        "object_ids": torch.arange(len(boxes)),
-        "area_fractions": (stored[:, 2:] - stored[:, :2]).prod(dim=1) / (height * width),
-        "usable": usable,
-    }
+    pixels = question.image if data.images else grey_image(scaled)
+    image = InputImage(pixels, (height, width), question.boxes)
+    sample = scene_sample(image, question.labels, question.hidden, size)
+    boxes = sample["boxes"]
     exact = question.masks is not None or getattr(teacher.task, "shape", "box") == "segment"
     for start in range(0, len(question.hidden), most):
         hidden = question.hidden[start : start + most]

@@ -140,7 +140,7 @@ def _measure(run: Run, model: Model, *, teacher: bool) -> dict[str, Any]:
     network = (
         data.problem.build_teacher(model, data.num_classes)
         if teacher
-        else data.problem.build_student(model, data)
+        else data.problem.build_student(model, data.num_classes)
     ).to(device)
     sides = run.results.usual_size(data)
     images = torch.zeros(1, 3, *sides, device=device)

@@ -94,7 +94,7 @@ def write_overlays(distillation: Distillation) -> None:
     if results.drawn_from == "models":
         size = getattr(data.section, "size", None)
         for variant, folder in folders.items():
-            student = load_network(folder, recipe, variant, data, seed)
+            student = load_network(folder / "model.safetensors", recipe, variant, data.num_classes)
             predictors[variant] = Predictor(_placed(student, distillation.accelerator), task, size)
         for name, teacher in comparable.items():
             model = _placed(teacher.model, distillation.accelerator)

@@ -194,8 +194,10 @@ class Distillation:
         `labelled` are the ids of the labelled train images, or None if all are labelled.
         """
         try:
-            return self.data.problem.build_student(
-                self.recipe.student, self.data, labelled=labelled, context=variant.context_head,
+            problem = self.data.problem
+            return problem.build_student(
+                self.recipe.student, self.data.num_classes,
+                prior=problem.student_prior(self.data, labelled), context=variant.context_head,
                 outputs=variant.outputs,
             )  # fmt: skip
         except ConfigError as error:

@@ -23,6 +23,7 @@ from kd.config.recipes import Model, TaskSection
 from kd.data.loader import Samples
 from kd.errors import UserError
 from kd.metrics.registry import Metric
+from kd.problems.inference import Inference
 from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
 from kd.registry import build, check_options, check_problem
@@ -447,19 +448,25 @@ class Problem(ABC, Generic[D]):
         return teacher
 
     def build_student(
-        self, model: Model, data: D, *, labelled: NDArray[np.int64] | None = None,
+        self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
         context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
-        """Build a student by name.
+        """Build a student by name, without its dataset.
 
         Args:
             model: Name and options.
-            data: The dataset to train on.
-            labelled: Ids of the images whose labels the student may use; None: all.
+            num_classes: C.
+            prior: Class probabilities, (C,), see `student_prior`; None: uniform.
             context: If False, build no context head, even if the options ask for one.
             outputs: Student outputs and layers that distillation terms use.
         """
-        return self.named_student(model.name, model.options, num_classes=data.num_classes)
+        return self.named_student(model.name, model.options, num_classes=num_classes)
+
+    def student_prior(
+        self, data: D, labelled: NDArray[np.int64] | None = None
+    ) -> Sequence[float] | None:
+        """Class probabilities that students start from, on train images with these ids or all."""
+        return None
 
     def named_student(self, name: str, options: Mapping[str, Any], **given: Any) -> nn.Module:
         """Build one of this problem's students by name.
@@ -482,6 +489,16 @@ class Problem(ABC, Generic[D]):
 
     def fit(self, model: nn.Module, data: D, images: NDArray[np.int64] | None = None) -> None:
         """Fit a model that is estimated from counts; leave all other models unchanged."""
+
+    def inference(self, task: str, section: Any, class_names: Sequence[str]) -> Inference:
+        """Return what prepares images for a model and reads its outputs, without the dataset.
+
+        Args:
+            task: Name of the task.
+            section: The data section of the model's recipe.
+            class_names: The C classes that the model was trained on.
+        """
+        raise UserError(f"task {task}: its models cannot be used without their dataset yet")
 
     # Task
 

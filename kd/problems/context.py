@@ -7,8 +7,11 @@ from typing import TypeAlias, cast
 from kd.errors import UserError
 from kd.problems.base import Dataset, Teacher
 from kd.problems.objects.data import ObjectsDataset
+from kd.problems.objects.inference import scene_sample
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.objects.task import ContextTask
+
+__all__ = ["ObjectScenes", "context_task", "hidden_objects", "object_scenes", "scene_sample"]
 
 ObjectScenes: TypeAlias = ObjectsDataset
 

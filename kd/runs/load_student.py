@@ -13,6 +13,7 @@ from kd.config.recipes import DistillRecipe
 from kd.distillation.variants import variants_of
 from kd.engine.checkpoint import load_model
 from kd.errors import UserError
+from kd.problems import problem_of_task
 from kd.problems.base import Dataset, Task
 from kd.problems.recipes import recipe_from
 from kd.runs.build import open_data, without_weights
@@ -27,41 +28,45 @@ def load_student(
         run: Folder seed<k>/<variant> of a distillation.
         config: Content of the run's `config.yaml`.
         section: Data section of the dataset to open, which may differ from the run's own.
-
-    Raises:
-        UserError: The folder is that of a whole distillation, the run is not finished, or its
-            weights do not fit the student.
     """
-    if "variant" not in config:
-        raise UserError(
-            f"{run}: a comparison; evaluate one of its variants, seed<k>/<variant>, or "
-            "print its table with python -m kd.compare"
-        )
-    plain = {key: value for key, value in config.items() if key not in ("variant", "seed")}
-    values = {**plain, "data": section.model_dump(mode="json")}
-    recipe = recipe_from(DistillRecipe, values, str(run / "config.yaml"))
+    recipe = student_recipe(config, run / "config.yaml", section)
     data = open_data(recipe.data, recipe.task.name)
-    student = load_network(run, recipe, config["variant"], data, int(config["seed"]))
+    student = load_network(run / "model.safetensors", recipe, config["variant"], data.num_classes)
     task = data.problem.task(recipe.task, recipe.data, data.num_classes)
     return data, student, task
 
 
-def load_network(
-    run: Path, recipe: DistillRecipe, variant: str, data: Dataset, seed: int
-) -> nn.Module:
-    """Load the trained network of a variant.
+def student_recipe(
+    config: Mapping[str, Any], source: Path, section: DatasetSection | None = None
+) -> DistillRecipe:
+    """Read the recipe in the config of a variant's run.
 
     Args:
-        run: Run folder of the variant.
-        recipe: The distillation's recipe.
-        variant: Name of the variant, which determines the heads of the network.
-        data: The dataset.
-        seed: Seed of the run, which determines the labelled images.
+        config: Content of the run's `config.yaml`.
+        source: The file that the config was read from, for messages.
+        section: Data section to use instead of the run's own.
+
+    Raises:
+        UserError: The config is that of a whole distillation, or not that of a run.
     """
+    if "variant" not in config:
+        raise UserError(
+            f"{source.parent}: a comparison; choose one of its variants, seed<k>/<variant>, or "
+            "print its table with python -m kd.compare"
+        )
+    values = {key: value for key, value in config.items() if key not in ("variant", "seed")}
+    if section is not None:
+        values["data"] = section.model_dump(mode="json")
+    return recipe_from(DistillRecipe, values, str(source))
+
+
+def load_network(file: Path, recipe: DistillRecipe, variant: str, num_classes: int) -> nn.Module:
+    """Load a variant's trained network from its `model.safetensors`."""
     one = variants_of(recipe)[variant]
-    student = data.problem.build_student(
-        without_weights(recipe.student), data, labelled=data.labelled(seed),
+    # A frozen trunk caches its outputs for the images of a training only.
+    student = problem_of_task(recipe.task.name).build_student(
+        without_weights(recipe.student, remember=False), num_classes,
         context=one.context_head, outputs=one.outputs,
     )  # fmt: skip
-    load_model(run / "model.safetensors", student)
+    load_model(file, student)
     return student

@@ -222,13 +222,13 @@ def test_a_recipe_builds_them_without_classes() -> None:
     teacher = saliency.build_teacher(Model(name="msinet", options={"trunk": TRUNK, "head": 16}), 7)
     assert list(teacher(pictures())) == ["saliency"]
     section = Model(name="saliency", options={"trunk": TRUNK})
-    student = saliency.build_student(section, None, outputs=["teacher_saliency"])
+    student = saliency.build_student(section, 1, outputs=["teacher_saliency"])
     assert list(student(pictures())) == ["saliency", "teacher_saliency"]
-    assert list(saliency.build_student(section, None)(pictures())) == ["saliency"]
+    assert list(saliency.build_student(section, 1)(pictures())) == ["saliency"]
     with pytest.raises(ConfigError, match="unknown option 'num_classes'"):
         saliency.build_teacher(Model(name="msinet", options={"num_classes": 1}), 7)
     with pytest.raises(UserError, match="student 'resnet18' is for objects, not saliency"):
-        saliency.build_student(Model(name="resnet18"), None)
+        saliency.build_student(Model(name="resnet18"), 1)
 
 
 @pytest.mark.parametrize(

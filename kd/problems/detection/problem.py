@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,9 @@ from kd.data.open_files import class_names
 from kd.problems.base import Dataset, Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.detection.data import DetectionDataset, DetectionSamples, open_detection
 from kd.problems.detection.evaluation import DetectionResults
+from kd.problems.detection.inference import DetectionInference
 from kd.problems.detection.schema import SPEC
+from kd.problems.inference import Inference
 from kd.problems.objects.schema import ObjectsSection
 from kd.problems.results import Results
 from kd.problems.spec import ProblemSpec
@@ -63,15 +66,28 @@ class DetectionProblem(Problem[DetectionDataset]):
         return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
 
     def build_student(
-        self, model: Model, data: DetectionDataset, *, context: bool = True,
-        labelled: NDArray[np.int64] | None = None, **_: Any,
+        self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
+        context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
         """Build a detector; its context head is initialised with the class prior."""
         options = {**model.options, **({} if context else {"context": False})}
-        given: dict[str, Any] = {"num_classes": data.num_classes}
+        given: dict[str, Any] = {"num_classes": num_classes}
         if options.get("context") and "prior" not in options:
-            given["prior"] = data.prior(labelled).tolist()
+            given["prior"] = prior
         return self.named_student(model.name, options, **given)
+
+    def student_prior(
+        self, data: DetectionDataset, labelled: NDArray[np.int64] | None = None
+    ) -> Sequence[float]:
+        """Class fractions of the train objects."""
+        prior: list[float] = data.prior(labelled).tolist()
+        return prior
+
+    def inference(
+        self, task: str, section: ObjectsSection, class_names: Sequence[str]
+    ) -> Inference:
+        """Detectors find the objects of whole images."""
+        return DetectionInference(class_names, section.size)
 
 
 PROBLEM = DetectionProblem()

@@ -20,9 +20,11 @@ from kd.metrics.registry import Metric
 from kd.nn.cooccurrence import Fitted
 from kd.problems.base import Problem, Sampling, Split, Task, Teacher, TeacherView
 from kd.problems.context import hidden_objects
+from kd.problems.inference import Inference
 from kd.problems.objects.baselines import index_objects
 from kd.problems.objects.data import ObjectSamples, ObjectsDataset, ObjectsView, open_objects
 from kd.problems.objects.evaluation import ObjectResults, SceneLabelResults
+from kd.problems.objects.inference import ObjectInference, SceneInference
 from kd.problems.objects.schema import SPEC, ObjectsSection
 from kd.problems.objects.task import ContextMap
 from kd.problems.objects.transfer_trunk import TRANSFERRED, resolved, take_trunk
@@ -88,21 +90,34 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return ObjectsView(data, hidden_objects(teacher), split)
 
     def build_student(
-        self, model: Model, data: ObjectsDataset, *, labelled: NDArray[np.int64] | None = None,
+        self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
         context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
         """Build a classifier; its context head is initialised with the class prior."""
         options = {**model.options, **({} if context else {"context": False})}
-        prior = data.prior(labelled).tolist()
-        given: dict[str, Any] = {"num_classes": len(prior), "prior": prior}
+        given: dict[str, Any] = {"num_classes": num_classes, "prior": prior}
         if model.name == TRANSFERRED:
             given["trunk"], options = take_trunk(model.model_copy(update={"options": options}))
             given |= dict.fromkeys(("weights", "stride"))
         return self.named_student(model.name, options, **given)
 
+    def student_prior(
+        self, data: ObjectsDataset, labelled: NDArray[np.int64] | None = None
+    ) -> Sequence[float]:
+        """Class fractions of the usable train objects."""
+        prior: list[float] = data.prior(labelled).tolist()
+        return prior
+
     def resolve_student(self, model: Model) -> Model:
         """Replace the run in the options of a transferred student by that run's teacher section."""
         return resolved(model)
+
+    def inference(
+        self, task: str, section: ObjectsSection, class_names: Sequence[str]
+    ) -> Inference:
+        """Objects are classified in given boxes, scenes as a whole."""
+        kind = SceneInference if task == "scene_labels" else ObjectInference
+        return kind(class_names, section.size)
 
     def fit(
         self, model: nn.Module, data: ObjectsDataset, images: NDArray[np.int64] | None = None

@@ -67,14 +67,13 @@ class SaliencySamples(ImageSamples):
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
         """Draw the transform of a training image: the whole image, flipped at random."""
-        scale = self._scale(own)
+        scale = _scale(own, self.frame)
         height, width = (max(1, round(side * scale)) for side in own)
         return self.flips.draw(random, own, (height, width))
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the model's input for an image file of size `own`, multiples of 8."""
-        scale = self._scale(own)
-        return in_multiples(own[0] * scale, own[1] * scale)
+        return input_size(own, self.frame)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
         """The density and its size without padding; in evaluation the size of the file."""
@@ -83,8 +82,15 @@ class SaliencySamples(ImageSamples):
         density = self.split.density(image, own, cut.size)
         return {"density": cut.placed(density, self.frame), "sizes": torch.tensor(cut.size)}
 
-    def _scale(self, own: tuple[int, int]) -> float:
-        return min(to / side for to, side in zip(self.frame, own, strict=True))
+
+def input_size(own: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
+    """Height and width, in multiples of 8, at which a model reads an image of size `own`."""
+    scale = _scale(own, frame)
+    return in_multiples(own[0] * scale, own[1] * scale)
+
+
+def _scale(own: tuple[int, int], frame: tuple[int, int]) -> float:
+    return min(to / side for to, side in zip(frame, own, strict=True))
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, ClassVar
+from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 from torch import nn
 
 from kd.config.recipes import Model
 from kd.problems.base import Split
 from kd.problems.images import ImageProblem
+from kd.problems.inference import Inference
 from kd.problems.results import Results
 from kd.problems.saliency.data import SaliencyDataset, open_fixations
 from kd.problems.saliency.evaluation import SaliencyResults
-from kd.problems.saliency.schema import SPEC
+from kd.problems.saliency.inference import SaliencyInference
+from kd.problems.saliency.schema import SPEC, SaliencySection
 from kd.problems.saliency.task import SALIENCY, SECOND_MAP
 from kd.problems.spec import ProblemSpec
 
@@ -30,11 +32,18 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
     open = staticmethod(open_fixations)
 
     def build_student(
-        self, model: Model, data: SaliencyDataset, *, outputs: Collection[str] = (), **_: Any
-    ) -> nn.Module:
+        self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
+        context: bool = True, outputs: Collection[str] = (),
+    ) -> nn.Module:  # fmt: skip
         """Build a saliency student, with a second output map if a term reads it."""
         options = {**model.options, "branches": "b" if SECOND_MAP in outputs else "a"}
         return self.named_student(model.name, options)
+
+    def inference(
+        self, task: str, section: SaliencySection, class_names: Sequence[str]
+    ) -> Inference:
+        """Maps are predicted of whole images."""
+        return SaliencyInference(class_names, section.size)
 
 
 PROBLEM = SaliencyProblem()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kd.data.images import ImageSamples, check_targets, in_multiples
@@ -55,12 +56,19 @@ class SegmentationSamples(ImageSamples):
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the model's input for a file of size `own`, multiples of 16."""
-        return in_multiples(*(own if self.size is None else scaled_size(*own, self.size)), WHOLE)
+        return input_size(own, self.size)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
         """The label map, cropped in training and at the file's size in evaluation."""
         labels = self.split.label_map(image, own)
-        return {"label_maps": labels if cut is None else cut.label_map(labels, self.frame)}
+        if cut is None:
+            return {"label_maps": labels, "own_sizes": torch.tensor(own)}
+        return {"label_maps": cut.label_map(labels, self.frame)}
+
+
+def input_size(own: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """Height and width, in multiples of 16, at which a model reads an image of size `own`."""
+    return in_multiples(*(own if size is None else scaled_size(*own, size)), WHOLE)
 
 
 @dataclass(frozen=True)

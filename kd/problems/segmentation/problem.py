@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 from kd.config.recipes import TaskSection
 from kd.problems.images import ImageProblem
+from kd.problems.inference import Inference
 from kd.problems.results import Results
 from kd.problems.segmentation.data import SegmentationDataset, open_maps
 from kd.problems.segmentation.evaluation import SegmentationResults
-from kd.problems.segmentation.schema import SPEC
+from kd.problems.segmentation.inference import SegmentationInference
+from kd.problems.segmentation.schema import SPEC, SegmentationSection
 from kd.problems.spec import ProblemSpec
 
 
@@ -30,6 +33,12 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
     ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
         """The option `pixel_fractions` of the task, if its option `class_weights` is set."""
         return data.class_fractions() if section.options.get("class_weights") else {}
+
+    def inference(
+        self, task: str, section: SegmentationSection, class_names: Sequence[str]
+    ) -> Inference:
+        """Maps are predicted of whole images."""
+        return SegmentationInference(class_names, section.size)
 
 
 PROBLEM = SegmentationProblem()

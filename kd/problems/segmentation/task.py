@@ -127,11 +127,13 @@ class Segmentation(Task):
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """The most likely class of each pixel, int64 of the label maps' shape."""
-        truth = batch["label_maps"]
+        """The most likely class of each pixel at the size of the image files, (N, H, W) int64.
+
+        Expects evaluation samples, with image files of one size in each batch.
+        """
+        height, width = batch["own_sizes"][0].tolist()
         # Converted to float32, because many pixels would be ties in bfloat16.
-        logits = output["logits"].float()
-        return on_grid(logits, (truth.shape[1], truth.shape[2])).argmax(dim=1)
+        return on_grid(output["logits"].float(), (height, width)).argmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
         """Build the metric: mean IoU and pixel accuracies."""

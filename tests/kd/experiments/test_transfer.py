@@ -73,7 +73,7 @@ def step(row: Start) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The student's state before and after one step of training."""
     data = open_data(row.recipe.data)
     torch.manual_seed(0)
-    student = data.problem.build_student(row.recipe.student, data, context=False)
+    student = data.problem.build_student(row.recipe.student, data.num_classes, context=False)
     dataset = data.problem.training(data, Sampling(seed=0))
     batch = collate([dataset[0, place] for place in range(4)])
     task = data.problem.task(row.recipe.task, row.recipe.data, data.num_classes)
@@ -100,7 +100,9 @@ def test_a_probe_changes_the_head_alone_and_fine_tuning_all(recipe_of: Any) -> N
 def test_fine_tuning_spares_a_trunk_that_knows_something(recipe_of: Any) -> None:
     row = rows_of(recipe_of())["finetune", "context"]
     data: Any = SimpleNamespace(prior=lambda labelled: np.ones(22) / 22)
-    student = AdaptedStudent(PROBLEM.build_student(row.recipe.student, data, context=False))
+    student = AdaptedStudent(
+        PROBLEM.build_student(row.recipe.student, data.num_classes, context=False)
+    )
     training = start_training(make_accelerator("fp32"), student, row.recipe.train, 10)
     trunk = {id(parameter) for parameter in student.student.get_submodule("trunk").parameters()}
     for group in training.optimizer.param_groups:

@@ -9,7 +9,6 @@ from torch import nn
 from kd.config.recipes import Model, TaskSection
 from kd.errors import UserError
 from kd.problems import problem
-from kd.problems.detection.data import open_detection
 from kd.problems.objects.data import ObjectsDataset, open_objects
 from kd.problems.objects.problem import PROBLEM
 from kd.problems.objects.task import Context
@@ -71,9 +70,9 @@ def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
     with pytest.raises(UserError, match=r"teacher 'cnn'.*widht.*width"):
         PROBLEM.build_teacher(Model(name="cnn", options={"widht": 4}), 5)
     with pytest.raises(UserError, match=r"dropuot.*dropout"):
-        PROBLEM.build_student(Model(name="resnet18", options={"dropuot": 0.1}), data)
+        PROBLEM.build_student(Model(name="resnet18", options={"dropuot": 0.1}), 5)
     with pytest.raises(UserError, match=r"'pspnet' is for segmentation, not objects; .*resnet18"):
-        PROBLEM.build_student(Model(name="pspnet", options={}), data)
+        PROBLEM.build_student(Model(name="pspnet", options={}), 5)
     with pytest.raises(UserError, match=r"classificaton.*classification"):
         PROBLEM.task(TaskSection(name="classificaton", weights={}), data.section, 5)
     section = TaskSection(name="context", weights={})
@@ -81,7 +80,7 @@ def test_options_are_checked_against_the_builders(data: ObjectsDataset) -> None:
     task = PROBLEM.task(section, data.section, 5, fractions=fractions)
     assert isinstance(task, Context)
     assert task.shape == data.section.shape and task.prior == pytest.approx(tuple(prior))
-    student = PROBLEM.build_student(Model(name="squeezenet1_1"), data, context=False)
+    student = PROBLEM.build_student(Model(name="squeezenet1_1"), 5, context=False)
     assert student.context is None
 
 
@@ -98,8 +97,8 @@ def test_an_added_student_is_built_by_its_name(
     monkeypatch.setitem(STUDENTS, "own", Entry(f"{__name__}:Own", "one of the user's"))
     model = Model(name=name, options={"width": 2})
     for built in (
-        PROBLEM.build_student(model, data),
+        PROBLEM.build_student(model, 3),
         problem("segmentation").named_student(name, model.options, num_classes=3),
-        problem("detection").build_student(model, open_detection(data.section)),
+        problem("detection").build_student(model, 3),
     ):
         assert isinstance(built, Own) and built.width == 2

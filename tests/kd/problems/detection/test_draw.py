@@ -15,17 +15,10 @@ from kd.losses.imitation import imitation_mask
 from kd.metrics.coco_ap import Boxes
 from kd.metrics.records import Records
 from kd.nn.detectors.contract import Level
-from kd.problems.detection.draw import (
-    CROWD,
-    RIGHT,
-    WRONG,
-    Marked,
-    boxes_figure,
-    found_figures,
-    imitation_figure,
-)
+from kd.problems.detection.draw import found_figures, imitation_figure
 from kd.problems.detection.scores import box_records
 from kd.problems.detection.task import anchors_of
+from kd.report.boxes import CROWD, RIGHT, WRONG, Marked, boxes_figure
 from kd.report.overlay import class_colour
 from kd.report.style import GREY, figure_image
 

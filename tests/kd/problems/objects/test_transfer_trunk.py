@@ -27,7 +27,7 @@ DATA: Any = SimpleNamespace(prior=lambda labelled: np.full(7, 1 / 7))
 
 def transferred(**options: object) -> SceneClassifier:
     student = Model(name="transferred", options=options)
-    model = PROBLEM.build_student(student, DATA, context=False)
+    model = PROBLEM.build_student(student, DATA.num_classes, context=False)
     assert isinstance(model, SceneClassifier)
     return model
 
@@ -66,7 +66,7 @@ def test_a_resolved_student_needs_the_run_no_more(small_teacher: Path, tmp_path:
     shutil.rmtree(run)
     later = student.model_copy(update={"options": {**student.options, "weights": None}})
     assert resolved(later) == later
-    PROBLEM.build_student(later, DATA)
+    PROBLEM.build_student(later, DATA.num_classes)
     other = Model(name="resnet18", options={"weights": None})
     assert resolved(other) is other
 

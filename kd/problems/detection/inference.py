@@ -1,0 +1,106 @@
+"""Detections on images without a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd.data.loader import Sample
+from kd.problems.inference import Inference, InputImage, Prediction
+from kd.report.boxes import LEAST_SCORE, RIGHT, Marked, boxes_figure, xywh
+from kd.transforms.augment import pad
+from kd.utils.images import resize, scaled_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections(Prediction):
+    """Detected objects, best first.
+
+    Attributes:
+        boxes: (K, 4) xyxy pixels.
+        scores: (K,) in 0..1.
+        labels: (K,) int64, 0..C-1.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each object."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def above(self, score: float) -> Detections:
+        """Return the detections with at least this score."""
+        keep = self.scores >= score
+        return Detections(
+            size=self.size, class_names=self.class_names, boxes=self.boxes[keep],
+            scores=self.scores[keep], labels=self.labels[keep],
+        )  # fmt: skip
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """A COCO annotation for each detection."""
+        rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
+                   strict=True)  # fmt: skip
+        return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
+
+    def draw(self, image: Tensor) -> Figure:
+        """Draw the detections with a score of at least `LEAST_SCORE`."""
+        best = self.above(LEAST_SCORE)
+        order = best.scores.argsort()  # the highest score is drawn last, on top
+        marked = Marked(
+            xywh(best.boxes[order]).numpy(), best.labels[order].numpy(),
+            np.full(len(order), RIGHT), best.scores[order].numpy(),
+        )  # fmt: skip
+        return boxes_figure(image, {"predicted": marked}, self.class_names, least=LEAST_SCORE)
+
+
+class DetectionInference(Inference):
+    """Detects objects in images that are scaled to a long side and padded to a square.
+
+    Args:
+        class_names: Names of the C classes.
+        size: Long side, pixels.
+    """
+
+    def __init__(self, class_names: Sequence[str], size: int) -> None:
+        super().__init__(class_names)
+        self.long_side: int = size
+
+    def sample(self, image: InputImage) -> Sample:
+        """Make the sample of a whole image without known objects."""
+        scaled = scaled_size(*image.size, self.long_side)
+        return {
+            "images": pad(resize(image.pixels, scaled), self.long_side),
+            "sizes": torch.tensor(scaled),
+            "own_sizes": torch.tensor(image.size),
+            "image_ids": torch.tensor(0),
+            "boxes": torch.empty(0, 4),
+            "labels": torch.empty(0, dtype=torch.int64),
+        }
+
+    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
+        """Return each image's detections, (K, 6) rows without those of score 0."""
+        found: list[Prediction] = []
+        for image, rows in zip(images, decoded, strict=True):
+            height, width = image.size
+            scaled = scaled_size(height, width, self.long_side)
+            scale = rows.new_tensor([width / scaled[1], height / scaled[0]]).repeat(2)
+            rows = rows[rows[:, 4] > 0]
+            found.append(
+                Detections(
+                    size=image.size,
+                    class_names=self.class_names,
+                    boxes=rows[:, :4] * scale,
+                    scores=rows[:, 4],
+                    labels=rows[:, 5].long(),
+                )
+            )
+        return found

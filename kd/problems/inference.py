@@ -1,0 +1,125 @@
+"""Prepare single images for a trained model and read its predictions, without a dataset."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.data.loader import Sample
+from kd.errors import UserError
+from kd.utils.images import read_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(ABC):
+    """What a model predicts on one image; boxes and maps are in the pixels of the image.
+
+    Attributes:
+        size: Height and width of the image.
+        class_names: Names of the C classes.
+    """
+
+    size: tuple[int, int]
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def draw(self, image: Tensor) -> Figure:
+        """Draw the prediction over the image, (3, H, W) uint8."""
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """COCO annotations with a `score`, and with `category_id` counted from 0; without ids."""
+        return []
+
+    def map_image(self) -> NDArray[Any] | None:
+        """The predicted map as 8-bit grey values, (H, W); None if the model predicts no map."""
+        return None
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """An image at its own size and at the size that a model reads.
+
+    Attributes:
+        pixels: (3, h, w) uint8, decoded for the model.
+        size: Height and width of the image itself.
+        boxes: Objects to classify, (K, 4) xyxy in pixels of the image itself; None: not given.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    boxes: Tensor | None = None
+
+
+class Inference(ABC):
+    """Converts images to a model's samples, and decoded outputs to predictions.
+
+    Args:
+        class_names: Names of the C classes.
+
+    Attributes:
+        needs_boxes: Whether the model classifies given boxes.
+        long_side: Long side in pixels at which image files are decoded; None: their own size.
+    """
+
+    needs_boxes: ClassVar[bool] = False
+    long_side: int | None = None
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = tuple(class_names)
+
+    @abstractmethod
+    def sample(self, image: InputImage) -> Sample:
+        """Make the sample of an image, as in evaluation, with the entries of docs/batch.md."""
+
+    @abstractmethod
+    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
+        """Split the decoded output of a batch, on the CPU, into one prediction per image."""
+
+    def check_boxes(self, boxes: Tensor | None, size: tuple[int, int], where: str) -> Tensor | None:
+        """Return an image's boxes as (K, 4) float32.
+
+        Raises:
+            UserError: The model needs boxes and there are none, or takes no boxes and got some; or
+                a box has no area inside the image.
+        """
+        if boxes is None and self.needs_boxes:
+            raise UserError(
+                f"{where}: this model classifies objects in given boxes; pass boxes=[[x1, y1, x2, "
+                "y2], ...] in pixels (kd predict: --boxes COCO.json)"
+            )
+        if boxes is None:
+            return None
+        if not self.needs_boxes:
+            raise UserError(f"{where}: this model takes no boxes")
+        found = torch.as_tensor(boxes, dtype=torch.float32)
+        if found.ndim != 2 or found.shape[1] != 4:
+            raise UserError(f"{where}: boxes must be (K, 4), got {tuple(found.shape)}")
+        height, width = size
+        inside = found.clamp(min=0).minimum(found.new_tensor([width, height, width, height]))
+        sound = found.isfinite().all(dim=1) & (inside[:, 2:] > inside[:, :2]).all(dim=1)
+        if not sound.all():
+            row = int((~sound).nonzero()[0])
+            raise UserError(
+                f"{where}: box {row} {found[row].tolist()} has no area inside the image of "
+                f"{width} x {height} pixels; boxes are x1, y1, x2, y2"
+            )
+        return found
+
+
+def read_input(path: Path, long_side: int | None, boxes: Tensor | None = None) -> InputImage:
+    """Read an image file, rotated as its EXIF orientation says, for a model.
+
+    The pixels are those that evaluation reads from the same file.
+    """
+    whole = read_image(path, None, upright=True)
+    size = (int(whole.shape[1]), int(whole.shape[2]))
+    pixels = whole if long_side is None else read_image(path, long_side, upright=True)
+    return InputImage(pixels, size, boxes)

@@ -1,0 +1,165 @@
+"""Classes of objects in given boxes, and of whole scenes, without a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd.data.loader import Sample
+from kd.problems.inference import Inference, InputImage, Prediction
+from kd.report.boxes import RIGHT, Marked, boxes_figure, xywh
+from kd.report.style import INK, image_panels
+from kd.transforms.augment import pad
+from kd.utils.images import resize, scaled_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectClasses(Prediction):
+    """The class of the object in each given box.
+
+    Attributes:
+        boxes: The given boxes, (K, 4) xyxy pixels.
+        log_probs: (K, C).
+    """
+
+    boxes: Tensor
+    log_probs: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The most probable class of each object, (K,) int64."""
+        return self.log_probs.argmax(dim=1)
+
+    @property
+    def scores(self) -> Tensor:
+        """The probability of that class, (K,)."""
+        return self.log_probs.amax(dim=1).exp()
+
+    @property
+    def names(self) -> list[str]:
+        """The name of that class for each object."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """A COCO annotation for each box."""
+        rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
+                   strict=True)  # fmt: skip
+        return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
+
+    def draw(self, image: Tensor) -> Figure:
+        """Draw the boxes with their classes."""
+        marked = Marked(
+            xywh(self.boxes).numpy(), self.labels.numpy(),
+            np.full(len(self.boxes), RIGHT), self.scores.numpy(),
+        )  # fmt: skip
+        return boxes_figure(image, {"predicted": marked}, self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneClasses(Prediction):
+    """The classes of objects that an image contains.
+
+    Attributes:
+        log_probs: Log-probability that the image contains each class, (C,).
+    """
+
+    log_probs: Tensor
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """An annotation without box for each class of probability 0.5 or above."""
+        found = enumerate(self.log_probs.exp().tolist())
+        return [{"category_id": label, "score": score} for label, score in found if score >= 0.5]
+
+    def draw(self, image: Tensor) -> Figure:
+        """Show the image with its five most probable classes as title."""
+        figure, panels = image_panels(1, image.shape[1] / image.shape[2], most=1, across=4.0)
+        best = self.log_probs.exp().topk(min(5, len(self.class_names)))
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        text = ", ".join(f"{self.class_names[label]} {score:.2f}" for score, label in pairs)
+        panels[0].imshow(image.permute(1, 2, 0).numpy())
+        panels[0].set_title(text, fontsize=7, color=INK, pad=3)
+        return figure
+
+
+class ObjectInference(Inference):
+    """Classifies objects in given boxes; context teachers hide each box in turn.
+
+    Args:
+        class_names: Names of the C classes.
+        size: Long side of the model's images, which are padded to a square, pixels.
+    """
+
+    needs_boxes: ClassVar[bool] = True
+
+    def __init__(self, class_names: Sequence[str], size: int) -> None:
+        super().__init__(class_names)
+        self.long_side: int = size
+
+    def sample(self, image: InputImage) -> Sample:
+        """Make the sample of a scene in which each box is hidden in turn or classified."""
+        assert image.boxes is not None
+        labels, hidden = torch.full((len(image.boxes),), -1), torch.arange(len(image.boxes))
+        return scene_sample(image, labels, hidden, self.long_side)
+
+    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
+        """Return the log-probabilities of each image's boxes."""
+        boxes = [image.boxes for image in images if image.boxes is not None]
+        parts = decoded.split([len(one) for one in boxes])
+        return [
+            ObjectClasses(
+                size=image.size, class_names=self.class_names, boxes=own, log_probs=log_probs
+            )
+            for image, own, log_probs in zip(images, boxes, parts, strict=True)
+        ]
+
+
+class SceneInference(ObjectInference):
+    """Predicts which classes of objects an image contains."""
+
+    needs_boxes: ClassVar[bool] = False
+
+    def sample(self, image: InputImage) -> Sample:
+        """Make the sample of a whole image."""
+        none = torch.empty(0, dtype=torch.int64)
+        return scene_sample(replace(image, boxes=torch.empty(0, 4)), none, none, self.long_side)
+
+    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
+        """Return the log-probabilities of each image."""
+        return [
+            SceneClasses(size=image.size, class_names=self.class_names, log_probs=log_probs)
+            for image, log_probs in zip(images, decoded, strict=True)
+        ]
+
+
+def scene_sample(image: InputImage, labels: Tensor, hidden: Tensor, size: int) -> Sample:
+    """Scale and pad an image with objects of which some are hidden in turn.
+
+    Args:
+        image: The image, with the boxes of M objects.
+        labels: (M,) int64, -1 for objects of unknown class.
+        hidden: Indices of the hidden objects, (K,) int64.
+        size: Long side of the result and side of its square frame, pixels.
+    """
+    assert image.boxes is not None
+    height, width = image.size
+    scaled, stored = scaled_size(height, width, size), image.boxes.float()
+    usable = torch.zeros(len(stored), dtype=torch.bool)
+    usable[hidden] = True
+    return {
+        "images": pad(resize(image.pixels, scaled), size),
+        "sizes": torch.tensor(scaled),
+        "image_ids": torch.tensor(0),
+        "boxes": stored * torch.tensor([scaled[1] / width, scaled[0] / height]).repeat(2),
+        "labels": labels.long(),
+        "object_ids": torch.arange(len(stored)),
+        "area_fractions": (stored[:, 2:] - stored[:, :2]).prod(dim=1) / (height * width),
+        "usable": usable,
+        "hidden": hidden,
+        "hide_fraction": torch.ones(len(hidden)),
+    }

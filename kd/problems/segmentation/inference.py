@@ -1,0 +1,67 @@
+"""Label maps of images without a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.data.loader import Sample
+from kd.problems.inference import Inference, InputImage, Prediction
+from kd.problems.segmentation.data import input_size
+from kd.report.overlay import overlay_figure
+from kd.utils.images import resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMap(Prediction):
+    """The class of each pixel.
+
+    Attributes:
+        labels: (H, W) int64, 0..C-1.
+    """
+
+    labels: Tensor
+
+    def draw(self, image: Tensor) -> Figure:
+        """Draw the classes in colour over the image."""
+        return overlay_figure(image, {"predicted": self.labels}, self.class_names)
+
+    def map_image(self) -> NDArray[Any]:
+        """The class number of each pixel."""
+        return self.labels.numpy().astype(np.uint8)
+
+
+class SegmentationInference(Inference):
+    """Predicts label maps; images are scaled to a long side, or keep their size.
+
+    Args:
+        class_names: Names of the C classes.
+        size: Long side of the model's input, pixels; None: each image's own.
+    """
+
+    def __init__(self, class_names: Sequence[str], size: int | None) -> None:
+        super().__init__(class_names)
+        self.size = size
+
+    def sample(self, image: InputImage) -> Sample:
+        """Make the sample of a whole image."""
+        pixels = resize(image.pixels, input_size(image.size, self.size))
+        return {
+            "images": pixels,
+            "sizes": torch.tensor(pixels.shape[1:]),
+            "own_sizes": torch.tensor(image.size),
+        }
+
+    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
+        """Return the label map of each image."""
+        return [
+            LabelMap(size=image.size, class_names=self.class_names, labels=labels)
+            for image, labels in zip(images, decoded, strict=True)
+        ]
