@@ -17,7 +17,7 @@ PACKAGES = ("kd", "teachers", "students")
 ROOMS = """
 commands
 evaluation
-experiments
+deploy experiments
 context
 teacher_cache
 runs

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -151,6 +151,21 @@ def save_model(path: Path, model: nn.Module, metadata: Mapping[str, str]) -> Non
     """Write a model's weights and a metadata dict to a safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     write_atomic(path, lambda partial: save_file(tensors, partial, metadata=dict(metadata)))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata that `save_model` wrote.
+
+    Raises:
+        UserError: The file is missing or corrupt.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from error
 
 
 def load_model(path: Path, model: nn.Module) -> None:

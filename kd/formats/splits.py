@@ -95,14 +95,18 @@ class Layout:
             raise UserError(f"{root}: {layout} has no split {split!r} there; it has {known_splits}")
 
 
-def images_in(folder: Path) -> dict[str, Path]:
-    """Return the paths of the images in a folder, keyed by file name without suffix."""
+def image_files(folder: Path) -> list[Path]:
+    """Return the paths of the images in a folder, sorted by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{folder}: image folder cannot be read: {error.strerror}") from None
-    paths = [folder / name for name in names]
-    return {path.stem: path for path in paths if path.suffix.lower() in _SUFFIXES}
+    return [folder / name for name in names if Path(name).suffix.lower() in _SUFFIXES]
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """Return the paths of the images in a folder, keyed by file name without suffix."""
+    return {path.stem: path for path in image_files(folder)}
 
 
 def check_files(files: Mapping[str, Sequence[Path]]) -> None:

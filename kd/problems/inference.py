@@ -66,22 +66,31 @@ class Inference(ABC):
 
     Attributes:
         needs_boxes: Whether the model classifies given boxes.
+        one_size: Whether all images of a batch must have the same size.
         long_side: Long side in pixels at which image files are decoded; None: their own size.
     """
 
     needs_boxes: ClassVar[bool] = False
+    one_size: ClassVar[bool] = False
     long_side: int | None = None
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = tuple(class_names)
 
     @abstractmethod
-    def sample(self, image: InputImage) -> Sample:
-        """Make the sample of an image, as in evaluation, with the entries of docs/batch.md."""
+    def samples(self, image: InputImage) -> list[Sample]:
+        """Make the samples of an image, as in evaluation, with the entries of docs/batch.md.
+
+        An image has several if one pass would need too much memory.
+        """
+
+    def rows(self, sample: Sample) -> int:
+        """Number of rows of the decoded output that belong to a sample."""
+        return 1
 
     @abstractmethod
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Split the decoded output of a batch, on the CPU, into one prediction per image."""
+    def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:
+        """Convert the decoded rows of an image's samples, on the CPU, to its prediction."""
 
     def check_boxes(self, boxes: Tensor | None, size: tuple[int, int], where: str) -> Tensor | None:
         """Return an image's boxes as (K, 4) float32.

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+import kd
 from kd.config.reader import read_yaml
 from kd.engine.checkpoint import config_differences
 from kd.errors import UserError
@@ -106,6 +107,16 @@ def write_class_names(folder: Path, names: Sequence[str]) -> None:
     """
     text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
     write_text(folder / _CLASSES, text)
+
+
+def model_metadata(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of a `model.safetensors`, with which the file can be used by itself."""
+    return {
+        "format": "kd-model-1",
+        "kd": kd.__version__,
+        "config": json.dumps(dict(config)),
+        "classes": json.dumps(list(names), ensure_ascii=False),
+    }
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -127,10 +127,13 @@ def latest_teacher() -> Path:
     )
 
 
-def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
+def load_teacher(
+    path: Path, num_classes: int, recipe: TeacherRecipe | None = None
+) -> TrainedTeacher:
     """Load a teacher that has `num_classes` classes.
 
-    `path` is its run folder, its `model.safetensors` or its checkpoint `last.pt`.
+    `path` is its run folder, its `model.safetensors` or its checkpoint `last.pt`. Without `recipe`
+    the recipe is read from the run.
 
     Raises:
         UserError: The run is not finished, is that of a student, or has another number of classes.
@@ -139,13 +142,12 @@ def load_teacher(path: Path, num_classes: int) -> TrainedTeacher:
     checkpoint = None
     if file.suffix == ".pt":
         _, config, checkpoint = load_checkpoint(file)
-        source = file
-    elif (folder / "config.yaml").is_file():
+        recipe = teacher_recipe(config, file)
+    elif recipe is None:
         source = folder / "config.yaml"
-        config = read_yaml(source)
-    else:
-        raise UserError(f"{folder}: not a run folder, it has no config.yaml")
-    recipe = teacher_recipe(config, source)
+        if not source.is_file():
+            raise UserError(f"{folder}: not a run folder, it has no config.yaml")
+        recipe = teacher_recipe(read_yaml(source), source)
     problem = problem_of_task(recipe.task.name)
     model = problem.build_teacher(_without_weights(recipe), num_classes)
     try:

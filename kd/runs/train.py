@@ -28,7 +28,7 @@ from kd.metrics.registry import METRICS
 from kd.problems.base import Dataset, Evaluator, Task, Teacher
 from kd.problems.results import Predictor, Results
 from kd.runs.build import make_loader
-from kd.runs.folder import RunFolder, write_class_names, write_summary
+from kd.runs.folder import RunFolder, model_metadata, write_class_names, write_summary
 from kd.runs.read import read_scalars, results_of
 from kd.runs.setup import count_parameters, learns, start_training
 
@@ -195,7 +195,7 @@ def _write_result(
     summary: dict[str, Any],
 ) -> None:
     step = training.progress.step
-    metadata = {"config": str(run.folder.path / "config.yaml"), "format": "kd-model-1"}
+    metadata = model_metadata(run.folder.config, run.data.class_names)
     save_model(run.folder.model, training.exported, metadata)
     write_class_names(run.folder.path, run.data.class_names)
     metric.save_predictions(run.folder.path / "predictions.npz")

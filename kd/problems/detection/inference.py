@@ -74,33 +74,25 @@ class DetectionInference(Inference):
         super().__init__(class_names)
         self.long_side: int = size
 
-    def sample(self, image: InputImage) -> Sample:
+    def samples(self, image: InputImage) -> list[Sample]:
         """Make the sample of a whole image without known objects."""
         scaled = scaled_size(*image.size, self.long_side)
-        return {
+        return [{
             "images": pad(resize(image.pixels, scaled), self.long_side),
             "sizes": torch.tensor(scaled),
             "own_sizes": torch.tensor(image.size),
             "image_ids": torch.tensor(0),
             "boxes": torch.empty(0, 4),
             "labels": torch.empty(0, dtype=torch.int64),
-        }
+        }]  # fmt: skip
 
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Return each image's detections, (K, 6) rows without those of score 0."""
-        found: list[Prediction] = []
-        for image, rows in zip(images, decoded, strict=True):
-            height, width = image.size
-            scaled = scaled_size(height, width, self.long_side)
-            scale = rows.new_tensor([width / scaled[1], height / scaled[0]]).repeat(2)
-            rows = rows[rows[:, 4] > 0]
-            found.append(
-                Detections(
-                    size=image.size,
-                    class_names=self.class_names,
-                    boxes=rows[:, :4] * scale,
-                    scores=rows[:, 4],
-                    labels=rows[:, 5].long(),
-                )
-            )
-        return found
+    def prediction(self, decoded: Tensor, image: InputImage) -> Detections:
+        """Return an image's detections; rows with a score of 0 are padding."""
+        rows, (height, width) = decoded[0], image.size
+        scaled = scaled_size(height, width, self.long_side)
+        scale = rows.new_tensor([width / scaled[1], height / scaled[0]]).repeat(2)
+        rows = rows[rows[:, 4] > 0]
+        return Detections(
+            size=image.size, class_names=self.class_names, boxes=rows[:, :4] * scale,
+            scores=rows[:, 4], labels=rows[:, 5].long(),
+        )  # fmt: skip

@@ -18,6 +18,8 @@ from kd.report.style import INK, image_panels
 from kd.transforms.augment import pad
 from kd.utils.images import resize, scaled_size
 
+MOST_BOXES = 64  # that one pass classifies: a context teacher gets an image for each
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectClasses(Prediction):
@@ -101,40 +103,48 @@ class ObjectInference(Inference):
         super().__init__(class_names)
         self.long_side: int = size
 
-    def sample(self, image: InputImage) -> Sample:
-        """Make the sample of a scene in which each box is hidden in turn or classified."""
+    def samples(self, image: InputImage) -> list[Sample]:
+        """Make samples of a scene in which at most `MOST_BOXES` boxes are classified."""
         assert image.boxes is not None
-        labels, hidden = torch.full((len(image.boxes),), -1), torch.arange(len(image.boxes))
-        return scene_sample(image, labels, hidden, self.long_side)
+        count = len(image.boxes)
+        sample = scene_sample(image, torch.full((count,), -1), torch.arange(count), self.long_side)
+        names = ("hidden", "hide_fraction")
+        parts = zip(*(sample[name].split(MOST_BOXES) for name in names), strict=True)
+        return [{**sample, **dict(zip(names, part, strict=True))} for part in parts]
 
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Return the log-probabilities of each image's boxes."""
-        boxes = [image.boxes for image in images if image.boxes is not None]
-        parts = decoded.split([len(one) for one in boxes])
-        return [
-            ObjectClasses(
-                size=image.size, class_names=self.class_names, boxes=own, log_probs=log_probs
-            )
-            for image, own, log_probs in zip(images, boxes, parts, strict=True)
-        ]
+    def rows(self, sample: Sample) -> int:
+        """Number of classified objects."""
+        return len(sample["hidden"])
+
+    def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:
+        """Return the log-probabilities of the image's boxes."""
+        assert image.boxes is not None
+        return ObjectClasses(
+            size=image.size, class_names=self.class_names, boxes=image.boxes, log_probs=decoded
+        )
 
 
-class SceneInference(ObjectInference):
-    """Predicts which classes of objects an image contains."""
+class SceneInference(Inference):
+    """Predicts which classes of objects an image contains.
 
-    needs_boxes: ClassVar[bool] = False
+    Args:
+        class_names: Names of the C classes.
+        size: Long side of the model's images, which are padded to a square, pixels.
+    """
 
-    def sample(self, image: InputImage) -> Sample:
+    def __init__(self, class_names: Sequence[str], size: int) -> None:
+        super().__init__(class_names)
+        self.long_side: int = size
+
+    def samples(self, image: InputImage) -> list[Sample]:
         """Make the sample of a whole image."""
         none = torch.empty(0, dtype=torch.int64)
-        return scene_sample(replace(image, boxes=torch.empty(0, 4)), none, none, self.long_side)
+        whole = replace(image, boxes=torch.empty(0, 4))
+        return [scene_sample(whole, none, none, self.long_side)]
 
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Return the log-probabilities of each image."""
-        return [
-            SceneClasses(size=image.size, class_names=self.class_names, log_probs=log_probs)
-            for image, log_probs in zip(images, decoded, strict=True)
-        ]
+    def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:
+        """Return the log-probability of each class in the image."""
+        return SceneClasses(size=image.size, class_names=self.class_names, log_probs=decoded[0])
 
 
 def scene_sample(image: InputImage, labels: Tensor, hidden: Tensor, size: int) -> Sample:

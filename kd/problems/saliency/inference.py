@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,22 +54,18 @@ class SaliencyInference(Inference):
         frame: Height and width of the frame, pixels.
     """
 
+    one_size: ClassVar[bool] = True
+
     def __init__(self, class_names: Sequence[str], frame: tuple[int, int]) -> None:
         super().__init__(class_names)
         self.frame = frame
 
-    def sample(self, image: InputImage) -> Sample:
+    def samples(self, image: InputImage) -> list[Sample]:
         """Make the sample of a whole image."""
         pixels = resize(image.pixels, input_size(image.size, self.frame))
-        return {
-            "images": pixels,
-            "sizes": torch.tensor(pixels.shape[1:]),
-            "own_sizes": torch.tensor(image.size),
-        }
+        sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
+        return [{"images": pixels, **sizes}]
 
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Return the density of each image."""
-        return [
-            SaliencyMap(size=image.size, class_names=self.class_names, density=density[0])
-            for image, density in zip(images, decoded, strict=True)
-        ]
+    def prediction(self, decoded: Tensor, image: InputImage) -> SaliencyMap:
+        """Return the density of an image."""
+        return SaliencyMap(size=image.size, class_names=self.class_names, density=decoded[0, 0])

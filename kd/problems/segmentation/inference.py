@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,22 +46,18 @@ class SegmentationInference(Inference):
         size: Long side of the model's input, pixels; None: each image's own.
     """
 
+    one_size: ClassVar[bool] = True
+
     def __init__(self, class_names: Sequence[str], size: int | None) -> None:
         super().__init__(class_names)
         self.size = size
 
-    def sample(self, image: InputImage) -> Sample:
+    def samples(self, image: InputImage) -> list[Sample]:
         """Make the sample of a whole image."""
         pixels = resize(image.pixels, input_size(image.size, self.size))
-        return {
-            "images": pixels,
-            "sizes": torch.tensor(pixels.shape[1:]),
-            "own_sizes": torch.tensor(image.size),
-        }
+        sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
+        return [{"images": pixels, **sizes}]
 
-    def predictions(self, decoded: Tensor, images: Sequence[InputImage]) -> list[Prediction]:
-        """Return the label map of each image."""
-        return [
-            LabelMap(size=image.size, class_names=self.class_names, labels=labels)
-            for image, labels in zip(images, decoded, strict=True)
-        ]
+    def prediction(self, decoded: Tensor, image: InputImage) -> LabelMap:
+        """Return the label map of an image."""
+        return LabelMap(size=image.size, class_names=self.class_names, labels=decoded[0])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -99,10 +97,7 @@ def test_a_probe_changes_the_head_alone_and_fine_tuning_all(recipe_of: Any) -> N
 
 def test_fine_tuning_spares_a_trunk_that_knows_something(recipe_of: Any) -> None:
     row = rows_of(recipe_of())["finetune", "context"]
-    data: Any = SimpleNamespace(prior=lambda labelled: np.ones(22) / 22)
-    student = AdaptedStudent(
-        PROBLEM.build_student(row.recipe.student, data.num_classes, context=False)
-    )
+    student = AdaptedStudent(PROBLEM.build_student(row.recipe.student, 22, context=False))
     training = start_training(make_accelerator("fp32"), student, row.recipe.train, 10)
     trunk = {id(parameter) for parameter in student.student.get_submodule("trunk").parameters()}
     for group in training.optimizer.param_groups:

@@ -1,0 +1,1 @@
+"""Use and ship trained models, without their dataset and teacher."""
