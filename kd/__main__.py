@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "evaluate a finished run, or compare several",
     "compare": "compare finished runs in tables and figures",
     "transfer": "start students from a teacher's trunk",
+    "predict": "predict images with a trained model",
     "cache": "compute a teacher's outputs ahead of training",
     "imagine": "draw what a teacher expects in a region of a photograph",
     "rescore": "rescore a detector's results by their context",

@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from kd.context.photo import KnownObjects, open_photograph
-    from kd.context.session import Imagination, output_names
+    from kd.context.session import Imagination
     from kd.runs.load_teacher import latest_teacher
+    from kd.utils.io import output_names
 
     teacher = args.teacher
     if teacher is None:

@@ -37,15 +37,6 @@ _RANDOM = 3  # random regions if the user gives no region
 _LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard to see
 
 
-def output_names(images: Sequence[Path]) -> list[str]:
-    """Stems for the output files of images: the images' own, numbered where several are equal."""
-    stems = [path.stem for path in images]
-    return [
-        f"{stem}_{stems[: place + 1].count(stem)}" if stems.count(stem) > 1 else stem
-        for place, stem in enumerate(stems)
-    ]
-
-
 @dataclass(frozen=True)
 class Imagination:
     """A teacher ready to be queried about images.

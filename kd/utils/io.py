@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,12 @@ def write_atomic(path: Path, write: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # as the process's umask wants; safetensors writes 0600
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
@@ -90,3 +93,12 @@ def write_atomic(path: Path, write: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """Stems for the output files of images: the images' own, numbered where several are equal."""
+    stems = [path.stem for path in images]
+    return [
+        f"{stem}_{stems[: place + 1].count(stem)}" if stems.count(stem) > 1 else stem
+        for place, stem in enumerate(stems)
+    ]

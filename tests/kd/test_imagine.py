@@ -14,11 +14,12 @@ from PIL import Image
 
 from kd import imagine
 from kd.cli import run_command
-from kd.context.session import Imagination, output_names
+from kd.context.session import Imagination
 from kd.problems.objects.data import open_objects
 from kd.problems.recipes import data_config
 from kd.runs.folder import class_names
 from kd.runs.load_teacher import class_names_of, latest_teacher
+from kd.utils.io import output_names
 
 pytestmark = pytest.mark.slow
 
