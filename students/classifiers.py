@@ -129,7 +129,7 @@ class SceneClassifier(nn.Module):
     def _crops(self, images: Tensor, rois: Tensor) -> Tensor:
         """Compute the mean features of each object's crop, (M, C)."""
         assert self.crop_size is not None
-        if len(rois) == 0:  # because batch norm of an empty batch is NaN
+        if self.training and not rois.shape[0]:  # the batch norm of an empty batch is NaN
             return images.new_zeros(0, self.trunk.level_channels[-1])
         crops = crop_regions(images, rois, self.crop_size, margin=self.margin)
         pooled: Tensor = self.trunk(crops)[-1].mean(dim=(2, 3))

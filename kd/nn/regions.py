@@ -244,7 +244,7 @@ class Surroundings(nn.Module):
             # weight makes such a box use the mean over the image; elsewhere it is lost in rounding.
             bags = torch.cat([weight + 1e-12 * whole for weight in weights])
             rows = masked_pool(features, bags, image_of.repeat(len(weights)))
-            by_bag = rows.unflatten(0, (len(weights), len(boxes)))
+            by_bag = rows.unflatten(0, (len(weights), -1))
             pooled.append(by_bag.transpose(0, 1).flatten(1))
         read = standardised(self.norm, torch.cat(pooled, dim=1)) * self.scale
         if self.geometry:

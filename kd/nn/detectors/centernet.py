@@ -52,9 +52,10 @@ def decode_centers(
     peaks = heat == F.max_pool2d(heat, 3, stride=1, padding=1)
     logits = heat.float().masked_fill(~peaks, -math.inf).flatten(1)
     best, place = logits.topk(min(top, classes * height * width), dim=1)  # (N, K) both
-    place, order = place.sort(dim=1)
-    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-    place = place.gather(1, order)
+    if not torch.compiler.is_exporting():  # order equal scores
+        place, order = place.sort(dim=1)
+        best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+        place = place.gather(1, order)
     cell = place % (height * width)
     # Both (N, K, 2), horizontal first. In float32, because half precision cannot resolve 0.1 pixels
     # at 512.
@@ -72,7 +73,10 @@ def decode_centers(
     found = (scores > 0) & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
     rows = torch.cat([boxes, scores[..., None], labels[..., None]], dim=-1)
     rows = rows.masked_fill(~found[..., None], 0.0)
-    order = rows[..., 4].argsort(dim=1, descending=True, stable=True)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort
+        order = rows[..., 4].topk(rows.shape[1], dim=1).indices
+    else:
+        order = rows[..., 4].argsort(dim=1, descending=True, stable=True)
     rows = rows.gather(1, order[..., None].expand_as(rows))
     return F.pad(rows, (0, 0, 0, top - rows.shape[1]))
 

@@ -96,7 +96,7 @@ class Around(nn.Module):
         for features, stride in zip(maps[: len(self.strides)], self.strides, strict=True):
             sums = box_sums(features, regions / stride, image_of.repeat(3))
             areas = (regions[:, 2:] - regions[:, :2]).prod(dim=1, keepdim=True) / stride**2
-            (inner, *outer), (hole, *whole) = sums.chunk(3), areas.chunk(3)
+            (inner, *outer), (hole, *whole) = (one.unflatten(0, (3, -1)) for one in (sums, areas))
             for total, area in zip(outer, whole, strict=True):
                 left = area - hole
                 mean = (total - inner) / left.clamp(min=_LEAST)

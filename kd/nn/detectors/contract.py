@@ -62,6 +62,7 @@ class Detector(nn.Module):
         top: Number of detections per image, K.
         levels: Feature maps with their anchors, finest first.
         loss_units: For each loss the unit over which it is a mean, see `kd.problems.base.Mean`.
+        exported: Whether to detect objects without loops over images, for exported graphs.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Detector(nn.Module):
     top: int
     levels: tuple[Level, ...]
     loss_units: Mapping[str, str]
+    exported: bool = False
 
     def forward(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         """Check the inputs and call `detect`; the arguments are the fields of `Inputs`."""
@@ -95,8 +97,9 @@ class Detector(nn.Module):
         missing = [name for name, tensor in needed.items() if tensor is None]
         if self.training and missing:
             raise UserError(f"{what}: training needs {', '.join(missing)} too")
-        if sizes is not None and tuple(sizes.shape) != (len(images), 2):
-            raise UserError(f"{what}: sizes must be ({len(images)}, 2), got {tuple(sizes.shape)}")
+        n = images.shape[0]  # len() would fix the batch size of an exported graph
+        if sizes is not None and tuple(sizes.shape) != (n, 2):
+            raise UserError(f"{what}: sizes must be ({n}, 2), got {tuple(sizes.shape)}")
         if near_boxes is not None and (boxes is None or near_boxes.shape != boxes.shape):
             known = "no boxes" if boxes is None else f"boxes {tuple(boxes.shape)}"
             raise UserError(

@@ -17,6 +17,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper, MultiScaleRoIAlign
 
 from kd.errors import UserError
@@ -32,6 +33,7 @@ from kd.nn.detectors.contract import (
     targets_of,
 )
 from kd.nn.detectors.pyramid import Pyramid, PyramidOptions, anchors_of, build_pyramid
+from kd.nn.detectors.suppression import as_detections, clipped, decoded, suppress
 from kd.nn.regions import image_extents, log_prior
 from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
@@ -134,6 +136,9 @@ class FasterRCNN(Detector):
             output["context"] = self.context(features, boxes, image_of, extents)
         if sizes is None:
             return output
+        if self.exported:
+            detected = self._batched(maps, sizes, logits, deltas, images)
+            return output | {"detections": detected}
         targets = None
         if self.training:
             assert boxes is not None and labels is not None and image_of is not None
@@ -203,6 +208,77 @@ class FasterRCNN(Detector):
             around = self.context(list(maps.values()), torch.cat(boxes), image_of, extents)
             logits = self.context.joined(logits, around)
         return dict(zip(SECOND_STAGE, (logits, deltas), strict=True))
+
+    def _batched(
+        self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],
+        deltas: Sequence[Tensor], images: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Compute `detections` as torchvision does, without loops over images."""
+        heads, n = self.network.roi_heads, images.shape[0]
+        proposals, missing = self._batched_proposals(maps, sizes, logits, deltas, images)
+        count = proposals.shape[1]
+        flat = proposals.reshape(-1, 4)
+        image_of = torch.arange(n, device=flat.device)[:, None].expand(n, count).flatten()
+        regions = self._pooled(maps, flat, image_of)
+        classes, offsets = heads.box_predictor(heads.box_head(regions))
+        if self.context is not None:
+            features = list(maps.values())
+            around = self.context(features, flat, image_of, sizes.flip(1))
+            classes = self.context.joined(classes, around)
+        scores = classes.softmax(dim=1)[:, 1:].reshape(n, count, -1)
+        scores = scores.masked_fill(missing[..., None], -1.0).flatten(1)
+        boxes = torch.as_tensor(heads.box_coder.decode_single(offsets, flat))
+        boxes = boxes.view(n, count, -1, 4)[:, :, 1:].reshape(n, -1, 4)
+        boxes = clipped(boxes, sizes)
+        narrow = ((boxes[..., 2:] - boxes[..., :2]) < 1e-2).any(dim=2)
+        labels = torch.arange(self.num_classes, device=boxes.device).repeat(count)
+        labels = labels[None].expand(n, -1)
+        kept = suppress(
+            boxes, scores.masked_fill(narrow, -1.0), labels, overlap=heads.nms_thresh,
+            least=heads.score_thresh, top=self.top,
+        )  # fmt: skip
+        rows = as_detections(boxes, kept[0], labels, kept[1])
+        return nn.functional.pad(rows, (0, 0, 0, self.top - rows.shape[1]))
+
+    def _batched_proposals(
+        self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],
+        deltas: Sequence[Tensor], images: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Compute the proposals (N, R, 4), and which of these rows are padding, (N, R) bool."""
+        rpn, frame = self.network.rpn, (images.shape[2], images.shape[3])
+        [anchors] = rpn.anchor_generator(ImageList(images[:1], [frame]), list(maps.values()))
+        counts = [one.shape[1] * one.shape[2] * one.shape[3] for one in logits]
+        found = []
+        for level, (own, shifts, squares) in enumerate(
+            zip(logits, deltas, anchors.split(counts), strict=True)
+        ):
+            flat = wide(own).permute(0, 2, 3, 1).flatten(1)
+            best = flat.topk(min(rpn.pre_nms_top_n(), flat.shape[1]), dim=1)
+            listed = wide(shifts).unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+            chosen = listed.gather(1, best.indices[..., None].expand(-1, -1, 4))
+            boxes = decoded(rpn.box_coder, chosen, squares[best.indices])
+            found.append((boxes, best.values.sigmoid(), torch.full_like(best.indices, level)))
+        boxes, scores, groups = (torch.cat(one, dim=1) for one in zip(*found, strict=True))
+        boxes = clipped(boxes, sizes)
+        narrow = ((boxes[..., 2:] - boxes[..., :2]) < rpn.min_size).any(dim=2)
+        values, rows = suppress(
+            boxes, scores.masked_fill(narrow, -1.0), groups, overlap=rpn.nms_thresh, least=-0.5,
+            top=rpn.post_nms_top_n(),
+        )  # fmt: skip
+        return boxes.gather(1, rows[..., None].expand(-1, -1, 4)), values < 0
+
+    def _pooled(self, maps: Mapping[str, Tensor], boxes: Tensor, image_of: Tensor) -> Tensor:
+        """Pool regions from the level of their size, as `box_roi_pool` does."""
+        pool = self.network.roi_heads.box_roi_pool
+        levels = pool.map_levels([boxes])
+        rois = torch.cat([image_of[:, None].to(boxes.dtype), boxes], dim=1)
+        parts = []
+        for number, name in enumerate(pool.featmap_names):
+            pooled = roi_align(
+                wide(maps[name]), rois, pool.output_size, pool.scales[number], pool.sampling_ratio
+            )
+            parts.append(pooled * (levels == number).to(pooled.dtype)[:, None, None, None])
+        return torch.stack(parts).sum(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
@@ -25,6 +27,7 @@ from kd.nn.detectors.contract import (
     targets_of,
 )
 from kd.nn.detectors.pyramid import PyramidOptions, anchors_of, build_pyramid
+from kd.nn.detectors.suppression import as_detections, clipped, decoded, suppress
 from kd.nn.trunk_base import wide
 from kd.nn.weights import load_detector
 from kd.registry import with_options
@@ -152,6 +155,8 @@ class OneStage(Detector):
         if sizes is None:
             return output
         heads = {name: wide(one) for name, one in heads.items()}
+        if self.exported:
+            return output | {"detections": self._batched(images, sizes, heads, features)}
         listed = ImageList(images, [(height, width) for height, width in sizes.tolist()])
         anchors = network.anchor_generator(listed, features)
         if self.training:
@@ -168,6 +173,38 @@ class OneStage(Detector):
             listed.image_sizes,
         )
         return output | {"detections": padded(found, self.top)}
+
+    def scores(self, heads: Mapping[str, Tensor]) -> Tensor:
+        """Scores of all classes for each anchor, (N, P, C), from torchvision's head outputs."""
+        return heads["cls_logits"].sigmoid()
+
+    def _batched(
+        self, images: Tensor, sizes: Tensor, heads: Mapping[str, Tensor], features: Sequence[Tensor]
+    ) -> Tensor:
+        """Compute `detections` as torchvision does, without loops over images."""
+        network, n = self.network, images.shape[0]
+        frame = (images.shape[2], images.shape[3])
+        [anchors] = network.anchor_generator(ImageList(images[:1], [frame]), list(features))
+        scores, deltas = self.scores(heads), heads["bbox_regression"]
+        counts = _anchor_counts(len(anchors), features)
+        found = []
+        parts = zip(
+            scores.split(counts, 1), deltas.split(counts, 1), anchors.split(counts), strict=True
+        )
+        for own, shifts, squares in parts:
+            best = own.flatten(1).topk(min(network.topk_candidates, own[0].numel()), dim=1)
+            rows, labels = best.indices // self.num_classes, best.indices % self.num_classes
+            chosen = shifts.gather(1, rows[..., None].expand(-1, -1, 4))
+            boxes = decoded(network.box_coder, chosen, squares[rows])
+            found.append((boxes, best.values, labels))
+        boxes, values, labels = (torch.cat(one, dim=1) for one in zip(*found, strict=True))
+        boxes = clipped(boxes, sizes)
+        kept = suppress(
+            boxes, values, labels, overlap=network.nms_thresh, least=network.score_thresh,
+            top=self.top,
+        )  # fmt: skip
+        rows = as_detections(boxes, kept[0], labels, kept[1])
+        return F.pad(rows, (0, 0, 0, self.top - rows.shape[1])).view(n, self.top, 6)
 
 
 class RetinaNet(OneStage):
@@ -211,6 +248,10 @@ class FCOS(OneStage):
     loss_names: ClassVar = {**RetinaNet.loss_names, "centres": "bbox_ctrness"}
     loss_units = dict.fromkeys(loss_names, "boxes")
     takes_cells = True
+
+    def scores(self, heads: Mapping[str, Tensor]) -> Tensor:
+        """Square roots of class probability times centre-ness, (N, P, C)."""
+        return (heads["cls_logits"].sigmoid() * heads["bbox_ctrness"].sigmoid()).sqrt()
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
