@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "compare finished runs in tables and figures",
     "transfer": "start students from a teacher's trunk",
     "predict": "predict images with a trained model",
+    "export": "export a trained model to ONNX and others, and check the file",
     "cache": "compute a teacher's outputs ahead of training",
     "imagine": "draw what a teacher expects in a region of a photograph",
     "rescore": "rescore a detector's results by their context",

@@ -122,7 +122,7 @@ class TrainedModel:
             same = same and entry.image.size == first.image.size
         return same and len(batch) < most
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: constants that are cached here may be trained with later
     def _run(self, batch: list[tuple[_Pending, Sample]]) -> None:
         """Predict the batch, give each image its rows, and empty the batch."""
         joined = to_device(

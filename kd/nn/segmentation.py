@@ -31,6 +31,31 @@ def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
     )
 
 
+class GridMean(nn.AdaptiveAvgPool2d):
+    """Average pooling to a grid; exported graphs keep it valid for images of any size."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__(side)
+        self.side = side
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map (N, C, h, w) to (N, C, side, side)."""
+        if not torch.compiler.is_exporting():
+            return super().forward(maps)
+        down, across = (_cell_means(self.side, maps, dim) for dim in (2, 3))
+        return torch.einsum("nchw,ih,jw->ncij", maps, down, across)
+
+
+def _cell_means(side: int, maps: Tensor, dim: int) -> Tensor:
+    """Weights (side, L) of the means that adaptive pooling takes over a dimension of length L."""
+    length = maps.shape[dim]
+    cell, place = (torch.arange(count, device=maps.device) for count in (side, length))
+    first = cell * length // side
+    last = -(-(cell + 1) * length // side)  # rounded up
+    inside = (place >= first[:, None]) & (place < last[:, None])
+    return inside.to(maps.dtype) / (last - first)[:, None].to(maps.dtype)
+
+
 class PyramidPooling(nn.Module):
     """Average pooling to several coarse grids, concatenated with the input and reduced.
 
@@ -42,7 +67,7 @@ class PyramidPooling(nn.Module):
     def __init__(self, channels: int, width: int, *, bins: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), *block(channels, width)) for side in bins
+            nn.Sequential(GridMean(side), *block(channels, width)) for side in bins
         )
         self.join = block(channels + len(bins) * width, width, 3)
         self.drop = nn.Dropout2d(dropout)

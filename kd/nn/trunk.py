@@ -211,11 +211,11 @@ class TorchvisionTrunk(Trunk):
         grid = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)  # (N, h*w, D)
         class_token: Any = self.class_token  # a meta tensor while `measure` runs
-        tokens = torch.cat([class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         encoder: Any = self.encoder
         positions = _fit_positions(encoder.pos_embedding, grid)
         encoded: Tensor = encoder.ln(encoder.layers(encoder.dropout(tokens + positions)))
-        return encoded[:, 1:].transpose(1, 2).reshape(len(images), -1, *grid)
+        return encoded[:, 1:].transpose(1, 2).reshape(images.shape[0], -1, *grid)
 
 
 def build_trunk(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.data.loader import Sample
 from kd.errors import UserError
@@ -58,6 +58,35 @@ class InputImage:
     boxes: Tensor | None = None
 
 
+class ExportGraph(nn.Module, ABC):
+    """What is exported of a model: preprocessing of tensors, the network, and decoding.
+
+    All inputs and outputs have the batch or the number of objects as first dimension, which stays
+    variable.
+
+    Attributes:
+        inputs: Name of each input -> what it must be, for the metadata of the exported file.
+        outputs: Name of each output -> what it is.
+        images_of_any_size: Whether height and width of the images stay variable.
+    """
+
+    inputs: ClassVar[Mapping[str, str]]
+    outputs: Mapping[str, str]
+    images_of_any_size: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, task: Any) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    @abstractmethod
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs for a batch of evaluation samples (docs/batch.md)."""
+
+    @abstractmethod
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what `Task.decode` would return, from the outputs of an exported graph."""
+
+
 class Inference(ABC):
     """Converts images to a model's samples, and decoded outputs to predictions.
 
@@ -87,6 +116,10 @@ class Inference(ABC):
     def rows(self, sample: Sample) -> int:
         """Number of rows of the decoded output that belong to a sample."""
         return 1
+
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the part of a model that is exported."""
+        raise UserError("export: models of this problem cannot be exported yet")
 
     @abstractmethod
     def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:

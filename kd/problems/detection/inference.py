@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.data.loader import Sample
-from kd.problems.inference import Inference, InputImage, Prediction
+from kd.errors import UserError
+from kd.nn.detectors.contract import Detector
+from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
 from kd.report.boxes import LEAST_SCORE, RIGHT, Marked, boxes_figure, xywh
 from kd.transforms.augment import pad
+from kd.transforms.hide import normalise, valid_pixels
 from kd.utils.images import resize, scaled_size
 
 
@@ -62,6 +66,58 @@ class Detections(Prediction):
         return boxes_figure(image, {"predicted": marked}, self.class_names, least=LEAST_SCORE)
 
 
+RAW = ("class_maps", "box_maps", "centre_maps")  # outputs of a detector before suppression
+
+
+class DetectionGraph(ExportGraph):
+    """Detections, and the maps that they are decoded from.
+
+    Args:
+        model: A detector.
+        task: Its task.
+        size: Side of the square frame of its images, pixels.
+    """
+
+    inputs: ClassVar[Mapping[str, str]] = {
+        "images": "uint8 RGB (N, 3, S, S); scaled to a long side of S, 0 below and on the right",
+        "sizes": "int64 (N, 2), height and width of the scaled images without padding",
+    }
+
+    def __init__(self, model: nn.Module, task: Any, size: int) -> None:
+        detector = copy.deepcopy(model)
+        super().__init__(detector, task)
+        if not isinstance(detector, Detector):
+            raise UserError(
+                f"export: {type(model).__name__} is not one of kd's detectors, whose suppression "
+                "can be exported; export its network with torch.onnx"
+            )
+        detector.exported = True
+        with torch.no_grad():
+            frame = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+            found = self.model(frame, torch.full((1, 2), size, device=frame.device))
+        self.maps = [name for name in found if name.split(".")[0] in RAW]
+        self.outputs = {
+            "detections": "float32 (N, K, 6): x1, y1, x2, y2 in pixels of the scaled image, score, "
+            "class; best first, then rows of zeros",
+            **dict.fromkeys(self.maps, "float32, before suppression"),
+        }
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs."""
+        frame = (images.shape[2], images.shape[3])
+        pixels = normalise(images) * valid_pixels(sizes, frame)[:, None]
+        output = self.model(pixels, sizes)
+        return (output["detections"], *(output[name].float() for name in self.maps))
+
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch's images and their sizes."""
+        return {"images": batch["images"], "sizes": batch["sizes"]}
+
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the detections."""
+        return outputs["detections"]
+
+
 class DetectionInference(Inference):
     """Detects objects in images that are scaled to a long side and padded to a square.
 
@@ -85,6 +141,10 @@ class DetectionInference(Inference):
             "boxes": torch.empty(0, 4),
             "labels": torch.empty(0, dtype=torch.int64),
         }]  # fmt: skip
+
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the network with normalisation and suppression."""
+        return DetectionGraph(model, task, self.long_side)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> Detections:
         """Return an image's detections; rows with a score of 0 are padding."""

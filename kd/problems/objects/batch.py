@@ -35,7 +35,7 @@ def chosen(batch: Batch) -> Tensor:
     """Indices of the hidden objects, (K,), or of all objects if none is hidden."""
     if "hidden" in batch:
         return batch["hidden"]
-    return torch.arange(len(batch["boxes"]), device=batch["boxes"].device)
+    return torch.arange(batch["boxes"].shape[0], device=batch["boxes"].device)
 
 
 def image_rows(batch: Batch) -> Tensor:

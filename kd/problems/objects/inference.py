@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.data.loader import Sample
-from kd.problems.inference import Inference, InputImage, Prediction
+from kd.problems.base import named
+from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
+from kd.problems.objects.batch import hidden_boxes, image_rows
 from kd.report.boxes import RIGHT, Marked, boxes_figure, xywh
 from kd.report.style import INK, image_panels
 from kd.transforms.augment import pad
@@ -89,6 +91,59 @@ class SceneClasses(Prediction):
         return figure
 
 
+class ObjectGraph(ExportGraph):
+    """Log-probabilities of the classes of objects in given boxes."""
+
+    inputs: ClassVar[Mapping[str, str]] = {
+        "images": "uint8 RGB (N, 3, S, S); scaled to a long side of S, 0 below and on the right",
+        "boxes": "float32 (K, 4), x1, y1, x2, y2 in pixels of the scaled images",
+        "image_of": "int64 (K,), index of each box's image",
+    }
+    outputs: Mapping[str, str] = {"log_probs": "float32 (K, C)"}
+
+    def forward(self, images: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
+        """Compute the log-probabilities."""
+        hidden = torch.arange(boxes.shape[0], device=boxes.device)
+        batch = {"images": images, "boxes": boxes, "image_of": image_of, "hidden": hidden}
+        output = named(self.model(*self.task.inputs(batch)))
+        log_probs: Tensor = self.task.decode(output, batch)
+        return log_probs
+
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch's images and the boxes of its hidden objects."""
+        boxes, image_of = hidden_boxes(batch), image_rows(batch)
+        return {"images": batch["images"], "boxes": boxes, "image_of": image_of}
+
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-probabilities."""
+        return outputs["log_probs"]
+
+
+class SceneGraph(ExportGraph):
+    """Log-probabilities that an image contains each class."""
+
+    inputs: ClassVar[Mapping[str, str]] = {
+        "images": ObjectGraph.inputs["images"],
+        "sizes": "int64 (N, 2), height and width of the scaled images without padding",
+    }
+    outputs: Mapping[str, str] = {"log_probs": "float32 (N, C)"}
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Compute the log-probabilities."""
+        batch = {"images": images, "sizes": sizes}
+        output = named(self.model(*self.task.inputs(batch)))
+        log_probs: Tensor = self.task.decode(output, batch)
+        return log_probs
+
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch's images and their sizes."""
+        return {"images": batch["images"], "sizes": batch["sizes"]}
+
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-probabilities."""
+        return outputs["log_probs"]
+
+
 class ObjectInference(Inference):
     """Classifies objects in given boxes; context teachers hide each box in turn.
 
@@ -116,6 +171,10 @@ class ObjectInference(Inference):
         """Number of classified objects."""
         return len(sample["hidden"])
 
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the network with normalisation and log-probabilities."""
+        return ObjectGraph(model, task)
+
     def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:
         """Return the log-probabilities of the image's boxes."""
         assert image.boxes is not None
@@ -141,6 +200,10 @@ class SceneInference(Inference):
         none = torch.empty(0, dtype=torch.int64)
         whole = replace(image, boxes=torch.empty(0, 4))
         return [scene_sample(whole, none, none, self.long_side)]
+
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the network with normalisation and log-probabilities."""
+        return SceneGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> Prediction:
         """Return the log-probability of each class in the image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.data.loader import Sample
-from kd.problems.inference import Inference, InputImage, Prediction
+from kd.problems.base import named
+from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
 from kd.problems.saliency.data import input_size
 from kd.problems.saliency.evaluation import heated
+from kd.problems.saliency.task import SALIENCY, density_of
+from kd.problems.segmentation.task import on_grid
 from kd.report.style import INK, image_panels
+from kd.transforms.hide import normalise
 from kd.utils.images import resize
 
 
@@ -46,6 +50,34 @@ class SaliencyMap(Prediction):
         return (scaled * 255).round().numpy().astype(np.uint8)
 
 
+class SaliencyGraph(ExportGraph):
+    """Density of fixations, from images of any size."""
+
+    inputs: ClassVar[Mapping[str, str]] = {
+        "images": "uint8 RGB (N, 3, H, W); height and width are multiples of 8"
+    }
+    outputs: Mapping[str, str] = {
+        "density": "float32 (N, 1, H, W) of sum 1",
+        "logits": "float32 (N, 1, h, w), on the network's grid",
+    }
+    images_of_any_size: ClassVar[bool] = True
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the outputs."""
+        logits = named(self.model(normalise(images)))[SALIENCY].float()
+        full = on_grid(logits, (images.shape[2], images.shape[3]))
+        return density_of(full, published=self.task.published), logits
+
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch's images."""
+        return {"images": batch["images"]}
+
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the densities at the size of the image files."""
+        decoded: Tensor = self.task.decode({SALIENCY: outputs["logits"]}, batch)
+        return decoded
+
+
 class SaliencyInference(Inference):
     """Predicts saliency maps of images scaled to fit a frame.
 
@@ -65,6 +97,10 @@ class SaliencyInference(Inference):
         pixels = resize(image.pixels, input_size(image.size, self.frame))
         sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
         return [{"images": pixels, **sizes}]
+
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the network with normalisation and the density."""
+        return SaliencyGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> SaliencyMap:
         """Return the density of an image."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.data.loader import Sample
-from kd.problems.inference import Inference, InputImage, Prediction
+from kd.problems.base import named
+from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
 from kd.problems.segmentation.data import input_size
+from kd.problems.segmentation.task import on_grid
 from kd.report.overlay import overlay_figure
 from kd.utils.images import resize
 
@@ -38,6 +40,33 @@ class LabelMap(Prediction):
         return self.labels.numpy().astype(np.uint8)
 
 
+class SegmentationGraph(ExportGraph):
+    """Class of each pixel, from images of any size."""
+
+    inputs: ClassVar[Mapping[str, str]] = {
+        "images": "uint8 RGB (N, 3, H, W); height and width are multiples of 16"
+    }
+    outputs: Mapping[str, str] = {
+        "labels": "int64 (N, H, W), class of each pixel",
+        "logits": "float32 (N, C, h, w), class logits on the network's grid",
+    }
+    images_of_any_size: ClassVar[bool] = True
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the outputs."""
+        logits = named(self.model(*self.task.inputs({"images": images})))["logits"].float()
+        return on_grid(logits, (images.shape[2], images.shape[3])).argmax(dim=1), logits
+
+    def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch's images."""
+        return {"images": batch["images"]}
+
+    def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the class of each pixel at the size of the image files."""
+        decoded: Tensor = self.task.decode({"logits": outputs["logits"]}, batch)
+        return decoded
+
+
 class SegmentationInference(Inference):
     """Predicts label maps; images are scaled to a long side, or keep their size.
 
@@ -57,6 +86,10 @@ class SegmentationInference(Inference):
         pixels = resize(image.pixels, input_size(image.size, self.size))
         sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
         return [{"images": pixels, **sizes}]
+
+    def graph(self, model: nn.Module, task: Any) -> ExportGraph:
+        """Return the network with normalisation and the choice of classes."""
+        return SegmentationGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> LabelMap:
         """Return the label map of an image."""
