@@ -87,8 +87,8 @@ def export(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tracing, and that TorchScript is deprecated
                 traced = torch.jit.trace(graph, tuple(inputs.values()), check_trace=False)
-            files = {"kd": about}
-            write_atomic(out, lambda partial: torch.jit.save(traced, partial, _extra_files=files))
+                files = {"kd": about}
+                write_atomic(out, lambda one: torch.jit.save(traced, one, _extra_files=files))
             return out
         program = torch.export.export(
             graph, tuple(inputs.values()), dynamic_shapes=_dynamic(graph, inputs)
@@ -258,7 +258,9 @@ def runner(file: Path, format: str, graph: ExportGraph, threads: int = 1) -> Run
         with file.open("rb") as opened:
             module: Any = torch.export.load(io.BytesIO(opened.read())).module()
     else:
-        module = torch.jit.load(str(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            module = torch.jit.load(str(file))
 
     def call(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():

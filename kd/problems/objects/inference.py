@@ -104,7 +104,10 @@ class ObjectGraph(ExportGraph):
     def forward(self, images: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
         """Compute the log-probabilities."""
         hidden = torch.arange(boxes.shape[0], device=boxes.device)
-        batch = {"images": images, "boxes": boxes, "image_of": image_of, "hidden": hidden}
+        batch = {
+            "images": images, "boxes": boxes, "image_of": image_of, "hidden": hidden,
+            "hide_fraction": torch.ones_like(boxes[:, 0]),
+        }  # fmt: skip
         output = named(self.model(*self.task.inputs(batch)))
         log_probs: Tensor = self.task.decode(output, batch)
         return log_probs

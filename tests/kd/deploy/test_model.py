@@ -93,7 +93,7 @@ def test_maps_are_those_of_the_evaluation(
             metric.take(decoded[None], batch)
         summary = json.loads((run / "summary.json").read_text())
         for name, value in metric.compute().items():
-            assert value == pytest.approx(summary[name], abs=1e-6, nan_ok=True), (problem, name)
+            assert value == pytest.approx(summary[name], abs=1e-5, nan_ok=True), (problem, name)
 
 
 def test_one_file_is_enough_in_another_process_without_data(

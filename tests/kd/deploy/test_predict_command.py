@@ -59,13 +59,14 @@ def test_a_classifier_takes_its_boxes_from_the_annotations(
 def test_maps_have_the_size_of_their_image(
     students: dict[str, Path], val_images: dict[str, Path], tmp_path: Path
 ) -> None:
-    image = Image.open(next(val_images["segmentation"].glob("*.png"))).resize((90, 50))
-    image.save(tmp_path / "wide.png")
+    with Image.open(next(val_images["segmentation"].glob("*.png"))) as image:
+        image.resize((90, 50)).save(tmp_path / "wide.png")
     for problem in ("segmentation", "saliency"):
         out = tmp_path / problem
         command = [str(students[problem]), str(tmp_path / "wide.png"), "--out", str(out)]
         assert predict.main(command) == 0
-        assert Image.open(out / "maps" / "wide.png").size == (90, 50)
+        with Image.open(out / "maps" / "wide.png") as written:
+            assert written.size == (90, 50)
         assert not (out / "predictions.json").exists()
 
 
