@@ -1,7 +1,7 @@
 """Access to the objects of a batch: M boxes and labels, and the indices of K `hidden` objects.
 
-A context teacher gets one input per hidden object. In a detector's batch no object is hidden and
-all M are targets. A batch without boxes has only whole images.
+A context teacher gets one input per hidden object. A detector's batch hides no object, so all M are
+targets. A batch without boxes contains only whole images.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ RING_MARGIN = 0.5
 
 
 def chosen(batch: Batch) -> Tensor:
-    """Indices of the hidden objects, (K,), or of all objects if none is hidden."""
+    """Return the indices of the hidden objects, (K,), or of all objects if none is hidden."""
     if "hidden" in batch:
         return batch["hidden"]
     return torch.arange(batch["boxes"].shape[0], device=batch["boxes"].device)
 
 
 def image_rows(batch: Batch) -> Tensor:
-    """For each object of `chosen`, the index in the batch of its image, (K,)."""
+    """Return the batch index of the image of each object in `chosen`, (K,)."""
     return batch["image_of"][chosen(batch)]
 
 
 def hidden_boxes(batch: Batch) -> Tensor:
-    """Boxes of the hidden objects, or of all if none is hidden, (K, 4) xyxy pixels."""
+    """Return boxes of the hidden objects, or of all if none is hidden, (K, 4) xyxy pixels."""
     return batch["boxes"][chosen(batch)]
 
 
 def hidden_labels(batch: Batch) -> Tensor:
-    """Labels of the hidden objects, or of all if none is hidden, (K,); -1 where unlabelled."""
+    """Return labels of the hidden objects, or of all if none is hidden, (K,); -1: unlabelled."""
     return batch["labels"][chosen(batch)]
 
 
 def object_rows(batch: Batch) -> Rows:
-    """Describe the rows of outputs: hidden objects, all boxes if none is hidden, or images."""
+    """Describe the output rows: hidden objects, or all boxes if none is hidden, or images."""
     if "hidden" not in batch and "boxes" not in batch:
         return Rows()
     which = chosen(batch)
@@ -68,14 +68,10 @@ def object_rows(batch: Batch) -> Rows:
 
 
 def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor]:
-    """Count the objects and images of a batch, the labelled ones, and further units.
+    """Count objects, images, labelled ones of both, and additional `units`.
 
-    Further units are masks that terms average over. The count of `ring` is the area of all rings in
-    pixels; counts are only compared within one unit. In a detector's batch an image without a box
-    can be labelled.
-
-    Raises:
-        UserError: A unit is not a mask of these tasks.
+    Additional units are masks that terms average over. `ring` counts the area of all rings in
+    pixels. In a detector's batch, images without boxes can be labelled.
     """
     hides = "hidden" in batch
     labelled = hidden_labels(batch) >= 0
@@ -95,17 +91,13 @@ def object_counts(batch: Batch, units: Collection[str] = ()) -> dict[str, Tensor
         if unit == "ring":
             counts["ring"] = _areas(outer_boxes(batch)).sum() - _areas(hidden_boxes(batch)).sum()
         elif unit not in (*counts, "frame", "valid"):
-            raise UserError(f"losses: this task has no mask {unit!r}; the only mask is 'ring'")
+            raise UserError(f"losses: this task has no mask {unit!r}, only 'ring'")
     return counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectTask(Task):
-    """Base class of tasks whose batches hold objects.
-
-    Args:
-        num_classes: C.
-    """
+    """Base class of tasks whose batches contain objects."""
 
     class_scores: ClassVar[Collection[str]] = ("logits", "context", "appearance")
     mask_names: ClassVar[Collection[str]] = ("ring",)
@@ -113,21 +105,19 @@ class ObjectTask(Task):
     num_classes: int
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`ring`, float (K, h, w): the fraction of each cell inside the ring around the object."""
+        """Return the mask `ring`, (K, h, w): the fraction of each cell in the ring around the object."""
         return {"ring": ring_mask(batch)}
 
     def rows(self, batch: Batch) -> Rows:
-        """One row per hidden object, box or image, see `object_rows`."""
         return object_rows(batch)
 
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count objects, images and masks, see `object_counts`."""
         return object_counts(batch, units)
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities of the objects' classes, (K, C)."""
+        """Return log-probabilities of the objects' classes, (K, C)."""
         return output["logits"].float().log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
@@ -139,9 +129,9 @@ class ObjectTask(Task):
 
 
 def ring_mask(batch: Batch) -> Mask:
-    """Mask of the ring around each object, (K, h, w); the ring is half as wide as the object.
+    """Mask the ring around each object, (K, h, w), in fractions of cells inside the image.
 
-    Values are fractions of cells; parts of the ring outside of the image do not count.
+    The ring is half as wide as the object.
     """
 
     def on_grid(grid: tuple[int, int]) -> Tensor:
@@ -154,7 +144,7 @@ def ring_mask(batch: Batch) -> Mask:
 
 
 def outer_boxes(batch: Batch) -> Tensor:
-    """Boxes around the rings of objects, (K, 4), clipped to the image without its padding."""
+    """Return the outer boxes of the rings, (K, 4), clipped to the unpadded image."""
     outer = expand_boxes(hidden_boxes(batch), RING_MARGIN)
     sizes = batch["sizes"][image_rows(batch)].to(outer.dtype)
     return outer.clamp(min=0.0).minimum(sizes[:, [1, 0, 1, 0]])

@@ -46,17 +46,16 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     open = staticmethod(open_objects)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """The class names; images need not exist."""
+        """Return the class names; images need not exist."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def train_annotations(self, section: ObjectsSection) -> Path | None:
-        """Path of the train split's annotations in COCO's JSON format."""
         return train_annotations(section, layout=section.layout, classes=section.classes)
 
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
     ) -> ObjectSamples:
-        """Training scenes with hidden objects, and with class maps if the task needs them."""
+        """Return training scenes with hidden objects, and with class maps if the task needs them."""
         maps = ClassMaps(data.train, data.section.size) if isinstance(task, ContextMap) else None
         return data.samples(
             "train", train=True, mode=sampling.hide, labelled=sampling.labelled,
@@ -65,27 +64,26 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         )  # fmt: skip
 
     def evaluation(self, data: ObjectsDataset, split: Split = "val") -> ObjectSamples:
-        """Scenes of a split in which every usable object is hidden in turn."""
+        """Return the scenes of a split, in which each usable object is hidden in turn."""
         return data.samples(split)
 
     def folds(self, data: ObjectsDataset, count: int) -> list[NDArray[np.int64]]:
-        """For each fold, the ids of the images outside of it; an image's id determines its fold."""
+        """For each fold, return the image ids outside it. An image's id determines its fold."""
         ids = data.train.image_ids
         folds = fold_of(ids, count)
         return [np.asarray(ids[folds != number], dtype=np.int64) for number in range(count)]
 
     def object_ids(self, data: ObjectsDataset) -> NDArray[np.int64]:
-        """Annotation ids of the train objects."""
         return data.train.object_ids.astype(np.int64)
 
     def teacher_view(
         self, teacher: Teacher, data: ObjectsDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Scenes at the teacher's image size with every object hidden in turn, for caching."""
+        """Return scenes at the teacher's image size in which each object is hidden in turn."""
         if size is not None:
             raise UserError(
-                f"a size of {size} pixels is for label maps and gaze; objects are hidden at the "
-                "image size that the teacher was trained at, so leave soft_targets.size out"
+                f"soft_targets.size={size}: not available for hidden objects, which are cached at "
+                "the teacher's image size; leave soft_targets.size out"
             )
         return ObjectsView(data, hidden_objects(teacher), split)
 
@@ -109,7 +107,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
         return prior
 
     def resolve_student(self, model: Model) -> Model:
-        """Replace the run in the options of a transferred student by that run's teacher section."""
+        """Replace the teacher's run in a transferred student's options by its teacher section."""
         return resolved(model)
 
     def inference(
@@ -127,13 +125,13 @@ class ObjectsProblem(Problem[ObjectsDataset]):
             model.fit(index_objects(data.train, images))
 
     def task_options(self, data: ObjectsSection) -> dict[str, Any]:
-        """The task option `shape`, the shape of hidden regions, from the data section."""
+        """Return the task option `shape`, the shape of hidden regions, from the data section."""
         return {"shape": data.shape}
 
     def class_fractions(
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """The options `prior`, `pixel_fractions` and `image_fractions`, if the task has them."""
+        """Return those of `prior`, `pixel_fractions`, `image_fractions` that the task has as options."""
         fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
         if fields & {"pixel_fractions", "image_fractions"}:
@@ -143,15 +141,15 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def comparable_names(
         self, task: Task, names: Sequence[str], others: Sequence[str]
     ) -> tuple[str, ...]:
-        """Names of the teacher's channels; score maps have a background channel first.
+        """Name the teacher's channels. Score maps have a background channel first.
 
-        It is named only if the compared classes `others` begin with the background too.
+        The background is named only if the compared classes `others` also begin with it.
         """
         maps = isinstance(task, ContextMap) and others[0] == BACKGROUND != names[0]
         return (BACKGROUND, *names) if maps else tuple(names)
 
     def results(self, task: str, metrics: Mapping[str, Metric] | None = None) -> Results:
-        """Results of scene labels, which are scored by image, or of tasks scored by object."""
+        """Return results scored by image for scene labels, by object for all other tasks."""
         return (SceneLabelResults if task == "scene_labels" else ObjectResults)(metrics or {})
 
 

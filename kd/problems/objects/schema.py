@@ -1,4 +1,4 @@
-"""Spec of the objects problem: its data section and tasks; without torch."""
+"""Data section and tasks of the objects problem; does not import torch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ from kd.registry import Entry
 
 
 class Partial(Section):
-    """Partial masking: early in training only a fraction of the object's region is hidden."""
+    """Partial masking: early in training, only a fraction of the object's region is hidden."""
 
-    start: Fraction = Field(
-        0.3, description="fraction of the region that is hidden at the first step"
-    )
-    until: Fraction = Field(
-        0.5, description="fraction of training after which the whole region is hidden"
-    )
+    start: Fraction = Field(0.3, description="fraction of the region hidden at the first step")
+    until: Fraction = Field(0.5, description="training progress (0..1) at full hiding")
 
 
 class HideSeveral(Section):
     """Hide several objects of a scene at once; only for the task scene_tokens."""
 
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="fraction of the other objects that are hidden too, in the first epoch"
+        0.0, description="fraction of the other objects to hide too in the first epoch"
     )
     end: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.5, description="fraction of the other objects that are hidden too, in the last epoch"
+        0.5, description="fraction of the other objects to hide too in the last epoch"
     )
 
 
@@ -40,32 +36,31 @@ class ObjectsSection(LayoutSection):
 
     layout: str = Field(
         "coco",
-        description="coco, or a layout from which COCO JSONs are written once: voc, kitti or "
+        description="coco, or a layout to convert to COCO JSON once: voc, kitti or "
         "package.module:attribute",
         examples=["coco", "voc", "kitti"],
     )
     classes: tuple[str, ...] | None = Field(
-        None, description="with layout voc: names of your own classes, in order; null: VOC's 20"
+        None, description="layout voc only: names of custom classes in order; null: VOC's 20"
     )
     train: AnySplit = Field(
-        description="for coco: annotations and images; for other layouts a name, such as "
-        "VOC2007/trainval of voc (several joined by +) or train of kitti"
+        description="layout coco: annotations and images; other layouts: a split name, such as "
+        "VOC2007/trainval for voc (join several with +) or train for kitti"
     )
     size: Annotated[int, Field(ge=16)] = Field(384, description="long side of the images in pixels")
     min_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0015,
-        description="area of the smallest box that is hidden and scored, as a fraction of the "
-        "image; detectors use all boxes",
+        description="smallest box area to hide and score, as a fraction of the image; detectors "
+        "use all boxes",
     )
     max_fraction: Fraction = Field(
-        0.30,
-        description="area of the largest box that is hidden and scored, as a fraction of the image",
+        0.30, description="largest box area to hide and score, as a fraction of the image"
     )
     shape: Literal["box", "square", "ellipse", "segment"] = "box"
     partial: Partial | None = None
     hide_several: HideSeveral | None = None
     images: bool = Field(
-        True, description="whether to read images; false for teachers that use annotations alone"
+        True, description="whether to read images; false for teachers that only use annotations"
     )
     augment: dict[str, Any] | None = Field(
         default_factory=dict,
@@ -73,32 +68,26 @@ class ObjectsSection(LayoutSection):
     )
     scales: tuple[Scale, Scale] = Field(
         (1.0, 1.0),
-        description="detectors only: range of the long side of training images as factors of "
-        "size; larger images are cropped at random, smaller ones padded",
+        description="detectors only: range of random scales of training images, relative to size; "
+        "larger images are cropped at random, smaller ones padded",
     )
-    labelled: Fraction = Field(
-        1.0, description="fraction of train images whose labels students use"
-    )
+    labelled: Fraction = Field(1.0, description="fraction of train images with labels for students")
     repeat_labelled: Count = Field(
-        1,
-        description="how often a labelled image occurs in a student's epoch; "
-        "unlabelled images occur once",
+        1, description="occurrences per epoch of each labelled image; unlabelled ones occur once"
     )
     prepared: str | None = Field(
-        None,
-        description="folder with prepared copies train/ and val/, each written by kd.data.prepare",
+        None, description="folder of prepared copies train/ and val/, written by kd.data.prepare"
     )
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> ObjectsSection:
         if self.min_fraction >= self.max_fraction:
             raise ValueError(
-                f"min_fraction {self.min_fraction} is not below max_fraction {self.max_fraction}"
+                f"min_fraction {self.min_fraction} must be less than max_fraction "
+                f"{self.max_fraction}"
             )
         if self.scales[0] > self.scales[1]:
-            raise ValueError(
-                f"scales {list(self.scales)} are not in order: put the smaller factor first"
-            )
+            raise ValueError(f"scales {list(self.scales)}: put the smaller factor first")
         return self
 
     @model_validator(mode="after")

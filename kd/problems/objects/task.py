@@ -1,4 +1,4 @@
-"""Tasks about objects: context of hidden objects, classification in scenes, scene labels."""
+"""Tasks on objects: predict hidden objects from context, classify objects, label scenes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Classification(ObjectTask):
     """Classify the object in each box.
 
     Args:
-        label_smoothing: Fraction of the target that is spread over all classes.
-        appearance: Whether to add a loss that trains the appearance head alone on the label.
+        label_smoothing: Fraction of the target probability that is spread over all classes.
+        appearance: Whether to also train the appearance head alone on the labels.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
@@ -42,12 +42,12 @@ class Classification(ObjectTask):
     appearance: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images (N, 3, H, W) and regions (K, 5): image index, x1, y1, x2, y2."""
+        """Return normalised images (N, 3, H, W) and regions (K, 5): batch index, x1, y1, x2, y2."""
         rows = image_rows(batch).to(torch.float32)
         return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the combined logits, `appearance` of the appearance head's logits."""
+        """Compute `cross_entropy` of the combined logits and `appearance` of the appearance head."""
         labels = hidden_labels(batch)
         names = {"cross_entropy": "logits"}
         if self.appearance:
@@ -62,10 +62,10 @@ class Classification(ObjectTask):
 
 @dataclass(frozen=True, kw_only=True)
 class SceneLabels(ObjectTask):
-    """Multi-label classification of whole images; the region to classify is the image.
+    """Multi-label classification of whole images.
 
     Args:
-        pos_weight: Weight of the loss of classes that are present; absent classes have weight 1.
+        pos_weight: Loss weight of classes in the image, relative to classes that are absent.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "context", "appearance")
@@ -74,14 +74,14 @@ class SceneLabels(ObjectTask):
     pos_weight: float = 1.0
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images (N, 3, H, W), and each image's unpadded part as its region, (N, 5)."""
+        """Return normalised images (N, 3, H, W) and their unpadded areas as regions, (N, 5)."""
         height, width = batch["sizes"].to(torch.float32).unbind(dim=1)
         zero = torch.zeros_like(width)
         rows = torch.arange(len(width), device=width.device, dtype=torch.float32)
         return normalise(batch["images"]), torch.stack([rows, zero, zero, width, height], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`binary`: binary cross-entropy of all classes, a mean over the labelled images."""
+        """Compute `binary`, the binary cross-entropy of all classes over the labelled images."""
         logits = output["appearance"]  # before any softmax: classes do not exclude each other
         present, known = present_classes(batch, self.num_classes)
         weight = None
@@ -95,11 +95,11 @@ class SceneLabels(ObjectTask):
         return {}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities that a class is in the image, (N, C)."""
+        """Return the log-probability of each class being in the image, (N, C)."""
         return F.logsigmoid(output["appearance"].float())
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the metric: mean average precision over the classes that occur."""
+        """Build the metric, mean average precision over the classes that occur."""
         return MultiLabelAP(self.num_classes, where=classes.where)
 
 
@@ -107,8 +107,7 @@ class SceneLabels(ObjectTask):
 class ContextTask(ObjectTask):
     """Base class of tasks whose model gets one input per hidden object.
 
-    Args:
-        shape: Shape of the hidden region; `segment` uses the objects' exact masks in the batch.
+    `shape` is the shape of hidden regions; `segment` uses the objects' masks from the batch.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "dense")
@@ -116,17 +115,17 @@ class ContextTask(ObjectTask):
     shape: Shape = "box"
 
     def outputs_per_region(self, size: int) -> int:
-        """Number of values that the model outputs for one input of `size` x `size` pixels."""
+        """Return the number of output values for one input of `size` x `size` pixels."""
         return self.num_classes
 
     def regions(self, batch: Batch) -> Tensor:
-        """Hidden pixels, bool (K, H, W)."""
+        """Return masks of the hidden pixels, bool (K, H, W)."""
         return regions_of(batch, shape=self.shape)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised RGB, 0 in the hidden region, and the region as fourth channel: (K, 4, H, W).
+        """Return images and hidden regions, (K, 4, H, W): RGB, 0 where hidden, and the region's mask.
 
-        In a batch of whole images nothing is hidden: (N, 4, H, W).
+        Without hidden objects, return all images with an empty mask, (N, 4, H, W).
         """
         images = normalise(batch["images"])
         if "hidden" not in batch:
@@ -134,7 +133,7 @@ class ContextTask(ObjectTask):
         return (hide(images, image_rows(batch), self.regions(batch)),)
 
     def labelled_part(self, loss: Tensor, batch: Batch) -> Mean:
-        """Convert a mean over all inputs, 0 for unlabelled ones, to a mean over labelled inputs."""
+        """Rescale a mean over all inputs (0 for unlabelled ones) to a mean over labelled inputs."""
         known = hidden_labels(batch) >= 0
         return Mean(loss * (len(known) / known.sum().clamp(min=1)), "labelled")
 
@@ -143,15 +142,15 @@ class ContextTask(ObjectTask):
 class Context(ContextTask):
     """Classify the hidden object: logits (K, C), cross-entropy.
 
-    Used for BlindNet's CNN and for any trunk. Models with an output `dense`, logits of pixels, also
-    learn from the visible objects.
+    Used for BlindNet's CNN and any trunk. Models that also output pixel logits, `dense`, have a
+    second loss on visible objects.
 
     Args:
-        label_smoothing: Fraction of the target that is spread over all classes.
+        label_smoothing: Fraction of the target probability that is spread over all classes.
         balance: Power of the class prior that is added to the logits in the loss, so that rare
             classes are predicted more often (logit adjustment, Menon et al., 2021,
             https://arxiv.org/abs/2007.07314).
-        prior: Class fractions of the train objects, (C,); needed if `balance` is not 0.
+        prior: Class fractions of the train objects, (C,), required if `balance` is not 0.
     """
 
     label_smoothing: float = 0.0
@@ -159,7 +158,7 @@ class Context(ContextTask):
     prior: tuple[float, ...] | None = None
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the labelled hidden objects; `visible` if there are `dense` logits."""
+        """Compute `cross_entropy` of labelled hidden objects, and `visible` of any `dense` logits."""
         logits = output["logits"]
         if self.balance:
             assert self.prior is not None
@@ -173,7 +172,7 @@ class Context(ContextTask):
         return losses
 
     def _visible(self, logits: Tensor, batch: Batch) -> Mean:
-        """Loss of the pixel logits (K, C, h, w) outside of the hidden regions."""
+        """Loss of the pixel logits (K, C, h, w) outside the hidden regions."""
         grid = (logits.shape[2], logits.shape[3])
         hidden = F.adaptive_max_pool2d(self.regions(batch).float()[:, None], grid)[:, 0] > 0
         targets = label_maps(batch, self.num_classes, grid)[image_rows(batch)]
@@ -183,7 +182,7 @@ class Context(ContextTask):
 
 
 def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
-    """Draw the labelled boxes on a grid over the image, a channel per class: bool (N, C, h, w)."""
+    """Rasterise the labelled boxes on a grid, one channel per class: bool (N, C, h, w)."""
     known = batch["labels"] >= 0
     height, width = batch["images"].shape[-2:]
     scale = batch["boxes"].new_tensor([grid[1] / width, grid[0] / height]).repeat(2)
@@ -192,7 +191,7 @@ def label_maps(batch: Batch, num_classes: int, grid: tuple[int, int]) -> Tensor:
 
 
 def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """Pixels inside the images, bool (N, H, W); with `grid`, cells with such pixels, (N, h, w)."""
+    """Mask the pixels inside the images, bool (N, H, W), or the cells of `grid`, (N, h, w)."""
     height, width = batch["images"].shape[-2:]
     pixels = valid_pixels(batch["sizes"], (height, width))
     if grid is None:
@@ -201,20 +200,18 @@ def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def _labelled_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """`image_pixels` of each hidden object's image, (K, H, W); all False for unlabelled objects."""
+    """`image_pixels` for each hidden object's image, (K, H, W); all False for unlabelled objects."""
     known = hidden_labels(batch) >= 0
     return image_pixels(batch, grid)[image_rows(batch)] & known[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPixels(ContextTask):
-    """Classify each pixel: logits (K, C, H, W); the targets are all boxes, hidden or not.
+    """Classify each pixel with one sigmoid per class (BlindNet): logits (K, C, H, W).
 
-    The score of a class is the sum of its sigmoids over the hidden region (BlindNet). The posterior
-    is the scores divided by their sum.
-
-    Args:
-        hidden_weight: Weight of the mean over the hidden region; the rest of the image has 1.
+    Targets are all boxes, hidden or not. The posterior is the sum of each class's sigmoids over the
+    hidden region, normalised over the classes. `hidden_weight` is the loss weight of the hidden
+    region, relative to 1 for the rest of the image.
     """
 
     hidden_weight: float = 5.0
@@ -223,7 +220,7 @@ class ContextPixels(ContextTask):
         return self.num_classes * size**2
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`masked_bce` over the pixels inside the images of labelled objects."""
+        """Compute `masked_bce` over the pixels inside the images of labelled objects."""
         height, width = batch["images"].shape[-2:]
         loss = masked_bce(
             output["logits"],
@@ -235,7 +232,7 @@ class ContextPixels(ContextTask):
         return {"masked_bce": self.labelled_part(loss, batch)}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-posterior (K, C): the log of the region scores divided by their sum."""
+        """Return the log-posterior of the hidden objects, (K, C)."""
         regions = self.regions(batch).float()
         scores = torch.einsum("kchw,khw->kc", output["logits"].float().sigmoid(), regions)
         return _log_fractions(scores)
@@ -246,34 +243,31 @@ class ContextMap(ContextTask):
     """Segment the image: logits (K, 1 + C, H, W), background first, cross-entropy.
 
     Used for BlindNet's pixel-wise ResNet-18. Targets are the batch's `class_maps`
-    (`kd.formats.class_maps`), which include the hidden object. The posterior is the softmax without
-    background, summed over the hidden region and divided by the sum over classes.
+    (`kd.formats.class_maps`), which include the hidden object. The posterior is the softmax of the
+    object classes, summed over the hidden region and normalised over the classes.
 
     Args:
-        hidden_weight: Weight of the mean over the hidden region; the rest of the image has 1.
-        class_weights: Power of the class weights, which are `median_frequency` of
-            `pixel_fractions`; 0: no weights.
-        pixel_fractions: Class fractions of the train pixels, (1 + C,), background first; needed for
-            class weights.
+        hidden_weight: Loss weight of the hidden region, relative to 1 for the rest of the image.
+        class_weights: Power of the class weights (`median_frequency` of `pixel_fractions`); 0:
+            none.
+        pixel_fractions: Class fractions of the train pixels, (1 + C,), background first, required
+            for class weights.
     """
 
-    class_scores: ClassVar[
-        Collection[str]
-    ] = ()  # none, because the background is a further channel
+    class_scores: ClassVar[Collection[str]] = ()  # the extra channel is the background
 
     hidden_weight: float = 5.0
     class_weights: float = 0.0
     pixel_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that `class_weights` is in range."""
         _check_power(self.class_weights)
 
     def outputs_per_region(self, size: int) -> int:
         return (1 + self.num_classes) * size**2
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`pixel_cross_entropy` over the pixels inside the images of labelled objects."""
+        """Compute `pixel_cross_entropy` over the pixels inside the images of labelled objects."""
         logits, weights = output["logits"], None
         if self.class_weights:
             assert self.pixel_fractions is not None
@@ -290,7 +284,7 @@ class ContextMap(ContextTask):
         return {"pixel_cross_entropy": self.labelled_part(loss, batch)}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-posterior of the hidden objects, (K, C)."""
+        """Return the log-posterior of the hidden objects, (K, C)."""
         regions = self.regions(batch).float()
         posterior = output["logits"].float().softmax(dim=1)[:, 1:]
         return _log_fractions(torch.einsum("kchw,khw->kc", posterior, regions))
@@ -298,16 +292,15 @@ class ContextMap(ContextTask):
 
 @dataclass(frozen=True, kw_only=True)
 class ContextScene(ContextTask):
-    """Classify the scene, hidden object included: multi-label logits (K, C), BCE.
+    """Predict all classes of the scene, hidden object included: multi-label logits (K, C), BCE.
 
-    Used for BlindNet's multi-label ResNet-18. The posterior of the hidden object is the classes'
-    probabilities divided by their sum. It overestimates the classes of visible objects, which are
-    in the scene whatever is hidden.
+    Used for BlindNet's multi-label ResNet-18. The posterior of the hidden object is the
+    probabilities of all classes, normalised. It overestimates the classes of visible objects.
 
     Args:
-        class_weights: Power of the weights of present classes, which are `positive_weights` of
-            `image_fractions`; 0: no weights.
-        image_fractions: Fractions of the train images with each class, (C,); needed for class
+        class_weights: Power of the loss weights of present classes (`positive_weights` of
+            `image_fractions`); 0: none.
+        image_fractions: Fractions of train images with each class, (C,), required for class
             weights.
     """
 
@@ -315,11 +308,10 @@ class ContextScene(ContextTask):
     image_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that `class_weights` is in range."""
         _check_power(self.class_weights)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`multilabel_bce`, a mean over the labelled hidden objects."""
+        """Compute `multilabel_bce`, a mean over the labelled hidden objects."""
         logits, weights = output["logits"], None
         if self.class_weights:
             assert self.image_fractions is not None
@@ -331,7 +323,7 @@ class ContextScene(ContextTask):
         return {"multilabel_bce": Mean(loss, "labelled")}
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-posterior (K, C): the log of the probabilities divided by their sum."""
+        """Return the log-posterior of the hidden objects, (K, C)."""
         return _log_fractions(output["logits"].float().sigmoid())
 
 
@@ -341,29 +333,27 @@ def _check_power(class_weights: float) -> None:
 
 
 def _log_fractions(scores: Tensor) -> Tensor:
-    """Log of each row (C,) after division by the row's sum, (K, C)."""
+    """Divide each row by its sum and take the log, (K, C)."""
     scores = scores.clamp(min=1e-6)
     return (scores / scores.sum(dim=1, keepdim=True)).log()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneTokens(Context):
-    """Classify each hidden object from the other objects' classes and boxes, from pixels, or both.
+    """Classify each hidden object from classes and boxes of the other objects, from pixels, or both.
 
-    Objects are hidden one by one. Each is an input when another object is hidden, unless the
-    batch's `also_hidden` marks it.
-
-    Args:
-        image_inputs: Which images the model gets, from its attribute `image_inputs`; see `inputs`.
+    Objects are hidden one at a time. All other objects are input, except those in the batch's
+    `also_hidden`. `image_inputs` selects the images that the model gets, see `inputs`.
     """
 
     image_inputs: ImageInputs = "none"
 
     def inputs(self, batch: Batch) -> tuple[Objects | Tensor, ...]:  # type: ignore[override]
-        """Objects, indices of the hidden ones (K,), normalised images, hidden regions (K, H, W).
+        """Return objects, indices of the hidden ones (K,), normalised images and hidden regions.
 
-        With `image_inputs` of `whole`, images are (N, 3, H, W), and the model masks the regions
-        itself; with `each`, (K, 3, H, W) with 0 in each region; with `none`, empty.
+        Regions are bool (K, H, W). Images depend on `image_inputs`: `whole` gives unmasked images
+        (N, 3, H, W), `each` gives (K, 3, H, W) with 0 in the hidden region, and `none` gives empty
+        tensors.
         """
         objects = scene_objects(batch)
         images = batch["images"]
@@ -377,7 +367,7 @@ class SceneTokens(Context):
         return objects, batch["hidden"], images, regions
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the labelled hidden objects; `visible` if there are `dense` logits."""
+        """Compute `cross_entropy` of labelled hidden objects, and `visible` of any `dense` logits."""
         losses = super().losses({"logits": output["logits"]}, batch)
         if "dense" in output:
             losses["visible"] = self._all_boxes(output["dense"], batch)
@@ -395,7 +385,7 @@ class SceneTokens(Context):
 
 
 def scene_objects(batch: Batch) -> Objects:
-    """The objects of a batch as model input, with boxes as fractions of their image."""
+    """Return the objects of a batch as model input, with boxes as fractions of their image."""
     rows = batch["image_of"]
     sides = batch["sizes"][rows].to(torch.float32)[:, [1, 0, 1, 0]]
     boxes = (batch["boxes"] / sides).clamp(0.0, 1.0)
