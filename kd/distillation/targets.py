@@ -133,7 +133,7 @@ class Teachers:
         return found
 
     def known(self, rows: Rows) -> dict[str, Tensor]:
-        """Return by unit whether each row has a posterior, bool (R,); `mean` needs all teachers'."""
+        """Return by unit whether each row has a posterior, bool (R,); the mean needs them all."""
         found: dict[str, Tensor] = {}
         for name, source in self.sources.items():
             if isinstance(source, PartialSource):

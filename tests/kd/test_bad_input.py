@@ -307,13 +307,13 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(command: Command, data: Pat
     os.remove("run/summary.json")
     Path("run/last.pt").write_bytes(pickle.dumps({"format": 1, "parts": Attack()}, protocol=2))
     line = only_error(teacher(command, data, "--resume"))
-    assert "run/last.pt: refused: " in line
+    assert "run/last.pt: not loaded: " in line
     torch.save({"format": 1, "parts": Attack()}, "run/last.pt")
-    assert "run/last.pt: refused: " in only_error(teacher(command, data, "--resume"))
+    assert "run/last.pt: not loaded: " in only_error(teacher(command, data, "--resume"))
     line = only_error(
         command(kd.distill.main, DISTILL, "--teacher", "run/last.pt", *settings(data))
     )
-    assert "run/last.pt: refused: " in line
+    assert "run/last.pt: not loaded: " in line
     assert not Path("trap").exists()
 
 

@@ -135,7 +135,7 @@ def test_messages_say_whose_layer_it_is() -> None:
     model = Network()
     taps = copy.deepcopy(FeatureTaps(model, ["neck.2"], called="student"))
     taps.model(IMAGES)
-    said = r"^student: layer 'neck' has no output '2'; known: 0, pool\. .*`levels`.*options\.levels"
+    said = r"^student: layer 'neck' has no output '2'; known: 0, pool\. .*`levels`.*both pyramids"
     with pytest.raises(UserError, match=said):
         taps.collect()
 

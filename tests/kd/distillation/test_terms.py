@@ -144,7 +144,7 @@ def test_an_output_that_is_not_there_is_named_with_those_that_are() -> None:
 def test_what_is_said_of_boxes_is_compared_between_heads_of_one_kind(name: str, ours: int) -> None:
     term = build_term(TermSection(name=name, weight=1.0))
     given = {term.student: torch.randn(3, ours)}, {term.teacher: torch.randn(3, 5)}
-    said = rf"{name}: student \(3, {ours}\) and teacher \(3, 5\) differ .*one kind.*background"
+    said = rf"{name}: student \(3, {ours}\) and teacher \(3, 5\) differ .*both two.*background"
     with pytest.raises(UserError, match=said):
         distillation_losses([term], *given, TASK, asked([0, 1, 1]), {})
 

@@ -42,7 +42,7 @@ def test_the_longest_prefix_sets_the_rate_and_zero_freezes() -> None:
 
 
 def test_an_unknown_prefix_lists_what_there_is() -> None:
-    with pytest.raises(UserError, match="no parameter name starts with trunc; .* start with head"):
+    with pytest.raises(UserError, match=r"no parameter name starts with trunc; .* start with head"):
         make_optimizer(model(), lr_scale={"trunc": 0.1})
 
 

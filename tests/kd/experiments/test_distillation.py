@@ -226,7 +226,7 @@ def test_a_live_teacher_stays_frozen_and_is_tapped_once(
         ([*MAPS_OF_A_LAYER[:2], MAPS_OF_A_LAYER[2].replace("features.2", "mean.neck")],
          r"a mean over teachers must be mean.posterior or mean.logits, not 'mean\.neck'"),
         ([*MAPS], "unknown layer 'seen_map'"),
-        (["task.weights={cross_entropy: 1.0, other: 1.0}"], "differ in: other"),
+        (["task.weights={cross_entropy: 1.0, other: 1.0}"], "unmatched: other"),
         (["losses=[{name: context_logits, weight: 1.0, student: kontext}]"],
          "the student gives no 'kontext'"),
         (["losses=[{name: hint, weight: 1.0, student: logits, teacher: logits}]",

@@ -172,7 +172,7 @@ def test_a_layer_that_a_teacher_lacks_is_said_to_be_its(
     three = 'levels=["0", "1", "2"]'
     said = refusal(scenes, finder, tmp_path, "psi", three)
     assert said.startswith("student: layer 'network.backbone' has no output '2'; known: 0, 1. ")
-    assert "`levels`" in said and "student.options.levels" in said
+    assert "`levels`" in said and "both pyramids" in said
     deep = "student.options.levels=[2, 3, 4]"
     said = refusal(scenes, finder, tmp_path, "psi", three, deep)
     assert said.startswith(f"teacher {finder} (fasterrcnn_resnet50, task detection): layer ")
@@ -215,7 +215,7 @@ def test_a_context_teacher_may_be_the_further_one(
     [
         (["student.options.context=false"], "no_context: a student without a context head, but"),
         (["student.options.context=false", "variants=[distilled]"],
-         "the student gives no 'context'"),
+         "the student has no output 'context'"),
         (["teacher.kind=live"], "context_logits: posteriors of objects, hidden in turn, must be"),
         (["variants=[plain, output_kd]"], "output_kd: only for students that classify objects"),
         (["variants=[plain, I]", "more_teachers.detector.kind=stored"],
