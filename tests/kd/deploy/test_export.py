@@ -14,6 +14,7 @@ from kd import export
 from kd.data.loader import collate
 from kd.deploy.export import FORMATS, compare, graph_of, runner
 from kd.deploy.export import export as write
+from kd.problems.inference import InputImage
 from kd.problems.recipes import section_from
 from kd.runs.build import open_data
 
@@ -66,9 +67,7 @@ def test_a_context_teacher_is_exported_too(small_teacher: Path, tmp_path: Path) 
     torch.testing.assert_close(found["log_probs"], expected, atol=1e-4, rtol=0)
 
 
-def _input(image: np.ndarray, boxes: list[list[int]]) -> object:
-    from kd.problems.inference import InputImage
-
+def _input(image: np.ndarray, boxes: list[list[int]]) -> InputImage:
     pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     return InputImage(pixels, (32, 32), torch.tensor(boxes, dtype=torch.float32))
 

@@ -16,7 +16,7 @@ from kd.errors import UserError
 pytestmark = pytest.mark.slow
 
 
-def annotations(students: dict[str, Path], problem: str) -> Path:
+def truth_of(students: dict[str, Path], problem: str) -> Path:
     [path] = (students[problem].parent / "data" / problem).rglob("instances_val.json")
     return path
 
@@ -25,7 +25,7 @@ def test_detections_are_a_coco_file_and_can_be_scored(
     students: dict[str, Path], val_images: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    truth = annotations(students, "detection")
+    truth = truth_of(students, "detection")
     command = [str(students["detection"]), str(val_images["detection"]), "--out", str(tmp_path)]
     assert predict.main([*command, "--annotations", str(truth), "--overlays", "2"]) == 0
     assert str(tmp_path / "predictions.json") in capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_detections_are_a_coco_file_and_can_be_scored(
 def test_a_classifier_takes_its_boxes_from_the_annotations(
     students: dict[str, Path], val_images: dict[str, Path], tmp_path: Path
 ) -> None:
-    truth = annotations(students, "objects")
+    truth = truth_of(students, "objects")
     command = [str(students["objects"]), str(val_images["objects"]), "--out", str(tmp_path)]
     with pytest.raises(UserError, match=r"--annotations COCO\.json"):
         predict.main(command)
@@ -78,6 +78,6 @@ def test_what_is_missing_is_named(students: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(UserError, match="no image in this folder"):
         predict.main([run, str(tmp_path / "empty")])
     Image.new("RGB", (20, 20)).save(tmp_path / "other.png")
-    truth = str(annotations(students, "detection"))
+    truth = str(truth_of(students, "detection"))
     with pytest.raises(UserError, match=r"other\.png: not in .*instances_val.json"):
         predict.main([run, str(tmp_path / "other.png"), "--annotations", truth])
