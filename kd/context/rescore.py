@@ -1,9 +1,7 @@
-"""Combine a detector's scores with the context of the scene, by a fitted strength.
+"""Rescore detections with a context teacher: `logit(score) + strength * (log q - log prior)`.
 
-`logit(score) + strength * (log q - log prior)` is one more expert in a product (Hinton, 2002). The
-strength is fitted on AP over other images than those rescored, and is 0 where the gain is not
-clear: within a class it reorders detections that the detector ranked by far more data than the
-context teacher has seen.
+This is a product of experts (Hinton, 2002); `q` is the teacher's prediction. The strength is chosen
+by AP on other images, and is 0 unless the gain is clear.
 """
 
 from __future__ import annotations
@@ -27,22 +25,16 @@ from kd.runs.load_teacher import TrainedTeacher, check_classes, load_teacher
 STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 ALONES = (0.0, 0.25, 0.5, 1.0)
 _LEAST_LOG = -30.0  # floor of log-probabilities: a probability of 0 would make scores NaN
-_LEAST = 1e-6  # distance of scores from 0 and 1, where a logit would be infinite
-_CLASS_SUPPORT = 20  # objects from which a class may have its own setting
+_LEAST = 1e-6  # scores are clipped to this distance from 0 and 1, where logits are infinite
+_CLASS_SUPPORT = 20  # least number of objects of a class that gets its own setting
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The parameters of `combine`.
+    """Parameters of `combine`; `alone` is None for the plain rule."""
 
-    Attributes:
-        strength: Weight of the evidence, `a`; 0 leaves scores as they are, bit for bit.
-        alone: None for the plain rule; for the competing one `b`, 0..1, the weight of evidence
-            that all classes of a box share.
-    """
-
-    strength: float = 0.0
-    alone: float | None = None
+    strength: float = 0.0  # weight `a` of the evidence; 0 returns the detector's scores unchanged
+    alone: float | None = None  # weight `b` in 0..1 of the competing rule
 
     def __str__(self) -> str:
         if not self.strength:
@@ -52,26 +44,19 @@ class Setting:
 
 
 def settings_of(rule: str, strengths: Sequence[float] = STRENGTHS) -> list[Setting]:
-    """Settings to try for `plain`, `competing` or `auto` (both); the first is no context."""
+    """List settings to try for `plain`, `competing` or `auto` (both); the first has strength 0."""
     alones = {"plain": (None,), "competing": ALONES, "auto": (None, *ALONES)}[rule]
     return [Setting(), *(Setting(a, b) for b in alones for a in strengths)]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Scores and the evidence of the context for D detections.
+    """Scores and context evidence of D detections."""
 
-    Attributes:
-        scores: (D,) in 0..1.
-        evidence: (D,) log q - log prior of a detection's own class; 0 without a query.
-        label: (D,) int64.
-        place: (D,) int64, equal for detections that share a box; -1 without a query.
-    """
-
-    scores: Floats
-    evidence: Floats
-    label: Ints
-    place: Ints
+    scores: Floats  # (D,) detector scores in 0..1
+    evidence: Floats  # (D,) log q - log prior for the detection's class; 0 if not queried
+    label: Ints  # (D,) class labels
+    place: Ints  # (D,) query index, shared by overlapping detections; -1 if not queried
 
 
 def evidence_of(
@@ -81,10 +66,9 @@ def evidence_of(
     log_probs: npt.NDArray[np.float32],
     log_prior: Floats,
 ) -> Evidence:
-    """Compute the evidence in a teacher's predictions for detections, see `Evidence`.
+    """Compute evidence from a teacher's predictions `log_probs` (K, C) and prior `log_prior` (C,).
 
-    `log_probs` (K, C) are the predictions and `question` (D,) their row for each detection, -1 for
-    none; `log_prior` (C,) is what the teacher predicts without evidence.
+    `question` (D,) is the row of each detection in `log_probs`, or -1 if it was not queried.
     """
     queried = question >= 0
     own = np.zeros(len(scores))
@@ -94,17 +78,16 @@ def evidence_of(
 
 
 def combine(known: Evidence, setting: Setting) -> Floats:
-    """Compute new scores (D,) in 0..1; detections without a query keep theirs.
+    """Compute new scores (D,) in 0..1; detections without a query keep their scores.
 
-    Plain: `logit(s') = logit(s) + a e`, with e the evidence for the detection's own class.
-    Competing: evidence for a class counts against the other classes detected in the same box,
+    The plain rule is `logit(s') = logit(s) + a e`, with e the evidence for the detection's class.
+    In the competing rule, evidence for the other classes detected in the same box lowers the score:
 
         logit(s') = logit(s) + a e - log(w R + (1 - w) Z^(1 - b))
 
-    where w is the fraction of `1 - s` that the detector gave to those others, R the mean of
-    exp(a e) over them, and Z that over all classes of the box, each weighted by score. With b = 1
-    and a single class this is the plain rule; with b = 0 evidence common to a box cancels, so that
-    it ranks the classes of a box but not the boxes.
+    Here w is the fraction of `1 - s` that the detector assigns to the other classes. R is the mean
+    of exp(a e) over the other classes and Z that over all classes of the box, weighted by score.
+    With b = 0, evidence common to all classes of a box cancels.
     """
     if not setting.strength:
         return known.scores
@@ -117,12 +100,12 @@ def combine(known: Evidence, setting: Setting) -> Floats:
 
 
 def _against(known: Evidence, score: Floats, strength: float, alone: float) -> Floats:
-    """`log(w R + (1 - w) Z^(1 - b))` of each detection."""
+    """Compute `log(w R + (1 - w) Z^(1 - b))`, (D,), for the competing rule of `combine`."""
     ratio = np.exp(strength * known.evidence)
-    place = known.place + 1  # detections without a query are all in 0, and ignored
+    place = known.place + 1  # 0 for detections without a query; their result is not used
     key = place * (int(known.label.max(initial=0)) + 1) + known.label
     order = np.lexsort((-score, key))
-    first = order[np.unique(key[order], return_index=True)[1]]  # a class's best one in its box
+    first = order[np.unique(key[order], return_index=True)[1]]  # best score per class and box
     mine = first[np.searchsorted(key[first], key)]
     mass = np.bincount(place[first], score[first])[place]
     weighed = np.bincount(place[first], (score * ratio)[first])[place]
@@ -132,21 +115,20 @@ def _against(known: Evidence, score: Floats, strength: float, alone: float) -> F
     mean = np.where(some, for_others / np.where(some, others, 1.0), 1.0)
     fraction = np.minimum(others / (1 - score), 1.0)
     rest = (weighed / mass) ** (1 - alone)
-    # Clipped: others of hardly any score must not make this one infinite.
+    # Clipped, because other classes with scores near 0 would make the result infinite.
     return np.asarray(np.log((fraction * mean + (1 - fraction) * rest).clip(min=_LEAST)))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings fitted on some images.
+    """Settings fitted to a set of images.
 
     Attributes:
-        setting: For all classes.
-        classes: For single classes by label, where different.
-        gain: AP on these images, minus that without context.
-        clear: Whether the mean of the folds' gains exceeds its standard error; if not, `setting`
-            is no context.
-        best: The best setting, clear or not.
+        setting: Default for all classes; strength 0 if the gain is not clear.
+        classes: Settings of classes that differ from the default, by label.
+        gain: AP with `best` minus AP without context, on these images.
+        clear: True if the mean gain over folds exceeds its standard error.
+        best: The setting with the highest AP, even if its gain is not clear.
     """
 
     setting: Setting
@@ -157,13 +139,9 @@ class Fit:
 
 
 class Fitter:
-    """Computes the average precision of every setting on every fold, and fits settings by it.
+    """Choose settings by average precision, computed for each setting on each fold.
 
-    Args:
-        meter: Matches and averages the detections.
-        known: Their evidence.
-        settings: Settings to try; the first is no context.
-        folds: (I,) fold of each image, from 0.
+    `folds` (I,) is the fold of each image, from 0. The first of `settings` must have strength 0.
     """
 
     def __init__(
@@ -182,7 +160,7 @@ class Fitter:
         )
 
     def fit(self, *, without: int | None = None, per_class: bool = False) -> Fit:
-        """Fit on all images, or on all folds but one."""
+        """Choose the setting with the highest AP on all images, or on all except fold `without`."""
         folds = [number for number in range(self.count) if number != without]
         row = 2 * self.count if without is None else self.count + without
         mean = np.nan_to_num(mean_of_known(self._class_ap))  # (S, rows)
@@ -197,7 +175,7 @@ class Fitter:
     def _classes(
         self, row: int, folds: list[int], common: int, images: npt.NDArray[np.bool_]
     ) -> dict[int, Setting]:
-        """Settings of classes with enough objects and a clear gain over the common one."""
+        """Choose settings for classes with enough objects and a clear gain over the default."""
         found = {}
         for label in range(self.meter.classes):
             if self.meter.support[label, 0, images].sum() < _CLASS_SUPPORT:
@@ -210,7 +188,7 @@ class Fitter:
 
 
 def is_clear(gains: Floats) -> bool:
-    """Whether the mean of the folds' gains exceeds its standard error; NaN gains are ignored."""
+    """Return True if the mean gain over folds exceeds its standard error; NaN gains are ignored."""
     gains = gains[~np.isnan(gains)]
     if len(gains) < 2:
         return False
@@ -218,7 +196,7 @@ def is_clear(gains: Floats) -> bool:
 
 
 def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
-    """Rescore each detection by the fit of its image's fold, (D,): scores (D,)."""
+    """Rescore detections with the fit of their image's fold, `fold` (D,); returns scores (D,)."""
     new = known.scores.copy()
     for number, fit in enumerate(fits):
         mine = fold == number
@@ -231,7 +209,7 @@ def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
 
 
 def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Floats:
-    """Gain in AP on the images of each fold."""
+    """Compute the AP gain of scores `after` over `before` on each fold's images."""
     rows = np.array([folds == number for number in range(int(folds.max()) + 1)])
     both = [meter.average(meter.match(scores, areas=1), rows) for scores in (before, after)]
     aps = [summary(average)["AP"] for average in both]
@@ -240,7 +218,7 @@ def fold_gains(meter: MeanAP, before: Floats, after: Floats, folds: Ints) -> Flo
 
 @dataclass(frozen=True)
 class Split:
-    """Detections on a set of images, their ground truth and the evidence of their context."""
+    """Detections, ground truth and context evidence for a set of images."""
 
     truth: Truth
     found: Detections
@@ -260,7 +238,7 @@ class Split:
         device: torch.device,
         shuffled: bool = False,
     ) -> Split:
-        """Read the files and query the teacher; `shuffled` permutes its answers, as a control."""
+        """Read the files and query the teacher; `shuffled` permutes its predictions (a control)."""
         truth = read_truth(annotations)
         found = read_detections(detections, truth, probabilities=True)
         loaded = load_teacher(teacher, len(truth.class_names))
@@ -268,7 +246,7 @@ class Split:
         log_probs, question = context_of(
             loaded, truth, found, images, cache, device=device, options=options
         )
-        if shuffled:  # a cycle through a random order: none keeps its own
+        if shuffled:  # a cycle through a random order, so that no query keeps its prediction
             order = np.random.default_rng(0).permutation(len(log_probs))
             log_probs = log_probs[np.roll(order, 1)[np.argsort(order)]]
         known = evidence_of(
@@ -278,15 +256,12 @@ class Split:
         return cls(truth, found, known, meter)
 
     def folds(self, count: int) -> Ints:
-        """Fold of each image, (I,), which follows from its id."""
+        """Assign images to folds by image id, (I,)."""
         return fold_of(self.truth.image_ids, count)
 
 
 def log_prior_of(teacher: TrainedTeacher) -> Floats:
-    """Log-probabilities that a teacher predicts without evidence, (C,): the prior of its training.
-
-    Teachers trained with part of the prior removed (`balance`) lack that part here, too.
-    """
+    """Read the teacher's log class prior (C,) without the part that its `balance` removed."""
     path = teacher.folder / "predictions.npz"
     try:
         with np.load(path) as stored:
@@ -302,15 +277,14 @@ def log_prior_of(teacher: TrainedTeacher) -> Floats:
 
 @dataclass(frozen=True)
 class Rescored:
-    """New scores and how they were found.
+    """New scores and the fits that produced them.
 
     Attributes:
         scores: (D,) in 0..1.
-        fits: The parameters used: one fit for each fold, or a single one.
-        future: Parameters fitted on all of these images, for use on other images.
-        gains: Gain in AP on each fold by the other folds' parameters; empty if these were fitted on
-            another split.
-        taken: Whether the gain was clear; if not, `scores` are the detector's own.
+        fits: One fit per fold, or a single fit from another split.
+        future: Fit to all of these images, for use on new images.
+        gains: AP gain on each held-out fold; empty if the fit comes from another split.
+        taken: True if rescoring clearly improved AP; otherwise `scores` are the original ones.
     """
 
     scores: Floats
@@ -320,7 +294,7 @@ class Rescored:
     taken: bool
 
     def notes(self, names: Sequence[str]) -> list[str]:
-        """Notes below a table."""
+        """Describe the fitted parameters and gains in lines below a table."""
         fits = [_describe(fit, names) for fit in self.fits]
         lines = [f"fitted, fold {number}: {text}" for number, text in enumerate(fits)]
         if len(set(fits)) == 1:
@@ -334,7 +308,7 @@ class Rescored:
         return lines
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
-        """Values for JSON."""
+        """Convert fits and gains to JSON values."""
         return {
             "fits": [_plain(fit, names) for fit in self.fits],
             "on_all_images": _plain(self.future, names),
@@ -346,10 +320,9 @@ class Rescored:
 def cross_fitted(
     split: Split, settings: Sequence[Setting], count: int, per_class: bool
 ) -> Rescored:
-    """Rescore each image by parameters fitted on the other folds.
+    """Rescore each image with parameters fitted on the other folds.
 
-    Scores stay as they are unless AP over all images rises and the gain on held-out folds is clear:
-    its mean exceeds its standard error.
+    Scores are unchanged unless AP over all images rises and the gain over held-out folds is clear.
     """
     folds = split.folds(count)
     if len(np.unique(folds)) < count:
@@ -368,7 +341,7 @@ def cross_fitted(
 def fitted_elsewhere(
     split: Split, other: Split, settings: Sequence[Setting], count: int, per_class: bool
 ) -> Rescored:
-    """Rescore a split by parameters fitted on another one, of other images and equal classes."""
+    """Rescore a split with parameters fitted on another split (same classes, different images)."""
     shared = np.intersect1d(split.truth.image_ids, other.truth.image_ids)
     if len(shared):
         raise UserError(

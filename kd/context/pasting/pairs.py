@@ -1,8 +1,6 @@
-"""Choose which object is pasted where: the same objects and scenes in both datasets.
+"""Choose which object is pasted into which scene for the `in` and `out` datasets.
 
-Each object goes into one scene where it is probable and one where it is not. Every scene that
-receives a probable object also receives an improbable one, so both datasets use the same cut-outs
-and the same scenes equally often, and differ only in which object is in which scene.
+Both datasets contain the same objects and scenes, in probable or improbable combinations.
 """
 
 from __future__ import annotations
@@ -37,22 +35,16 @@ _TAKEN = 100.0  # gain per used object, larger than all other gains together
 
 @dataclass(frozen=True)
 class Placement:
-    """One object in one scene.
+    """Placement of an object in a scene."""
 
-    Attributes:
-        image: The scene, a position in the index.
-        shift: x, y pixels added to the object's box, scaled to the scene's size.
-        lift: log p(class | scene) - log p(class).
-    """
-
-    image: int
-    shift: tuple[int, int]
-    lift: float
+    image: int  # image index of the scene
+    shift: tuple[int, int]  # x, y offset in pixels of the box after scaling to the scene's size
+    lift: float  # log p(class | scene) - log p(class)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One object with its probable (`inside`) and improbable (`outside`) placement."""
+    """An object (annotation `row`) with its probable (`inside`) and improbable placement."""
 
     row: int
     inside: Placement
@@ -60,7 +52,7 @@ class Pair:
 
 
 def interleave_classes(index: CocoIndex, rows: Ints, random: np.random.Generator) -> Ints:
-    """Order rows so that classes take turns and none fills the dataset."""
+    """Shuffle annotation rows so that classes alternate and none dominates the first rows."""
     shuffled = random.permutation(rows)
     labels = index.labels[shuffled]
     turn = np.zeros(len(rows), np.int64)
@@ -71,7 +63,7 @@ def interleave_classes(index: CocoIndex, rows: Ints, random: np.random.Generator
 
 
 def is_whole(index: CocoIndex, row: int) -> bool:
-    """Whether an object has an outline and is off the border, in one piece and unoccluded."""
+    """Return True if an object has an outline, is off the border, in one piece and not occluded."""
     image = index.image_of(row)
     size = index.size_of(image)
     box = index.boxes[row]
@@ -96,13 +88,13 @@ def is_whole(index: CocoIndex, row: int) -> bool:
 
 
 def has_outline(index: CocoIndex, row: int) -> bool:
-    """Whether the JSON has polygons or run lengths for an object."""
+    """Return True if the object's annotation has polygons or RLE."""
     polygon = index.rings_of[row + 1] > index.rings_of[row]
     return bool(polygon or index.rle_first[row + 1] > index.rle_first[row])
 
 
 def neighbours(index: CocoIndex, row: int) -> list[int]:
-    """Other objects of the image with an outline whose boxes come near this object's box."""
+    """List other objects with an outline in the same image whose boxes are close to this one's."""
     image = index.image_of(row)
     rows = index.rows_of(image)
     grow = np.array([-_NEAR, -_NEAR, _NEAR, _NEAR], np.float64)
@@ -112,25 +104,24 @@ def neighbours(index: CocoIndex, row: int) -> list[int]:
 
 
 def intersections(boxes: Floats, others: Floats) -> Floats:
-    """Areas of intersection of boxes (..., 4) with boxes (n, 4), xyxy: (..., n)."""
+    """Compute intersection areas of boxes (..., 4) with boxes (n, 4), xyxy: (..., n)."""
     low = np.maximum(boxes[..., None, :2], others[:, :2])
     high = np.minimum(boxes[..., None, 2:], others[:, 2:])
     return np.asarray(np.clip(high - low, 0, None).prod(axis=-1), dtype=np.float64)
 
 
 def scale_between(index: CocoIndex, source: int, target: int) -> float:
-    """Scale factor that preserves an object's size relative to the image's long side."""
+    """Compute the factor that preserves an object's size relative to the image's long side."""
     sides = [max(index.size_of(image)) for image in (source, target)]
     return sides[1] / sides[0]
 
 
 def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
-    """Find where N objects fit into a scene: at their own height, with the least sideways shift.
+    """Find where N objects fit into a scene, at the relative height they have in their own image.
 
-    Returns:
-        (N, 2) shifts of the scaled boxes in pixels, and (N,) whether there is room: the images
-        have about the same aspect ratio, the box is inside the border, and it covers at most
-        the fraction `COVERED` of every object's box.
+    An object fits if both images have a similar aspect ratio and its box, shifted sideways if
+    needed, is inside the border and covers at most `COVERED` of each annotated box. Returns the
+    pixel shifts (N, 2) of the scaled boxes and (N,) True where the object fits.
     """
     size = np.array([index.widths[image], index.heights[image]], np.float64)
     sources = np.searchsorted(index.first, rows, side="right") - 1
@@ -156,26 +147,19 @@ def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Boo
 
 @dataclass(frozen=True, eq=False)
 class Placements:
-    """Every object in every scene, N objects and S scenes.
+    """Placements of N objects in each of S scenes."""
 
-    Attributes:
-        rows: (N,) objects.
-        scenes: (S,) images of the index.
-        shifts: (N, S, 2) pixels.
-        lifts: (N, S) log lift, NaN where there is no room.
-    """
-
-    rows: Ints
-    scenes: Ints
-    shifts: Ints
-    lifts: Floats
+    rows: Ints  # (N,) annotation rows of the objects
+    scenes: Ints  # (S,) image indices of the scenes
+    shifts: Ints  # (N, S, 2) pixels
+    lifts: Floats  # (N, S) log lift, NaN where the object does not fit
 
     def only(self, chosen: Ints) -> Placements:
-        """Select some of the objects."""
+        """Select objects by index."""
         return Placements(self.rows[chosen], self.scenes, self.shifts[chosen], self.lifts[chosen])
 
     def place(self, place: int, scene: int) -> Placement:
-        """Return one object in one scene."""
+        """Return the placement of object index `place` in scene index `scene`."""
         x, y = self.shifts[place, scene].tolist()
         return Placement(int(self.scenes[scene]), (x, y), float(self.lifts[place, scene]))
 
@@ -187,7 +171,7 @@ def score_placements(
     score: Score,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Placements:
-    """Place every object in every scene and score it; `track` wraps the loop for a progress bar."""
+    """Place each object in each scene and score it; `track` wraps the loop to show progress."""
     shifts = np.zeros((len(rows), len(scenes), 2), np.int64)
     lifts = np.full((len(rows), len(scenes)), np.nan)
     sources = np.searchsorted(index.first, rows, side="right") - 1
@@ -205,17 +189,10 @@ def score_placements(
 def matched_pairs(
     choices: Placements, count: int, margin: float, random: np.random.Generator
 ) -> list[Pair]:
-    """Assign each object a probable and an improbable scene so that both sides use the same scenes.
+    """Assign each object a probable and an improbable scene, using the same scenes for both.
 
-    Each scene that is used gets one object for which it is probable and one for which it is not.
-    Linking the first to the second turns the choice into a permutation of the objects, so an
-    assignment problem (Kuhn, 1955) finds the one with the most objects.
-
-    Args:
-        choices: Objects in order of preference.
-        count: Largest number of pairs to return.
-        margin: Nats by which the lift must exceed 0 in one scene and fall below it in the other.
-        random: Breaks near ties.
+    Solves an assignment problem (Kuhn, 1955) to use as many objects as possible, at most `count`.
+    `margin` is the least absolute log lift in nats, and `random` breaks near ties.
     """
     jitter = random.uniform(0.0, _JITTER, choices.lifts.shape)
     while len(choices.rows):
@@ -234,7 +211,7 @@ def matched_pairs(
 
 
 def _cycles(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
-    """Each object's successor (itself if it is not used), and the scene that the two share."""
+    """Return each object's successor (itself if unused) and the scene that the two share."""
     inside = _gain(lifts - margin, jitter)
     outside = _gain(-lifts - margin, jitter)
     best = np.empty((len(lifts), len(lifts)))
