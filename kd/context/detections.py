@@ -1,8 +1,7 @@
-"""Cached predictions of a context teacher at the boxes of a detector's results.
+"""Predict the classes of a detector's boxes from their context, with a cache.
 
-Several detections often belong to one object: those that overlap well share one query, for the box
-of the best-scored one. A teacher that reads annotations is given *detections*, never the ground
-truth: the confident ones, one per object, except those that may be the queried object itself.
+Detections that overlap well share one query, at the box with the best score. A teacher that reads
+objects is given confident detections, never the ground truth.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from kd.utils.images import read_image
 
 _log = logging.getLogger("kd")
 _VERSION = 1
-# Regions in one pass; on a CPU few, which fit its cache (44 instead of 72 ms each, MobileNetV2).
+# Regions in one pass; few on a CPU, so that they fit its cache (44 instead of 72 ms per region).
 _BATCH, _CPU_BATCH = 64, 4
 
 Floats = npt.NDArray[np.float64]
@@ -46,11 +45,11 @@ class QueryOptions:
     """How detections become queries.
 
     Attributes:
-        most: Largest number of detections per image that are queried, the best-scored first.
-        same_place: Least IoU of detections that share a query.
-        sure: Least score of detections that are input to the teacher as objects of their classes.
-        same_object: Least IoU of such a detection with the query at which it may be the queried
-            object, so that it is left out of the input.
+        most: Largest number of detections queried per image, the best-scored first.
+        same_place: Least IoU at which detections share a query.
+        sure: Least score at which a detection is given to the teacher as an object.
+        same_object: Least IoU with the query at which a detection is not given to the teacher,
+            because it may be the queried object.
     """
 
     most: int = 100
@@ -61,7 +60,7 @@ class QueryOptions:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Queries of one image: rows of the queried detections and, for each, of those input."""
+    """Queries of one image: rows of the queried detections and, for each, rows of its inputs."""
 
     image: int
     queried: Ints
@@ -78,23 +77,21 @@ def context_of(
     device: torch.device,
     options: QueryOptions | None = None,
 ) -> tuple[npt.NDArray[np.float32], Ints]:
-    """Predict the classes of detections from their context, or read cached predictions.
+    """Predict the classes of D detections from their context, or read cached predictions.
+
+    If the teacher was trained on these images with folds, its held-out fold models predict.
 
     Args:
-        teacher: A context teacher; on its training images its fold models predict instead.
-        truth: Lists the images; its objects are ignored.
+        teacher: A context teacher.
+        truth: Lists the images; its objects are not used.
         found: The detections.
-        images: Folder of the images.
-        cache: Folder for `context-<key>.npz`; the key is a hash of all that predictions depend on.
-        device: Where to compute.
+        images: Image folder.
+        cache: Folder of the cache file, whose name contains a hash of all inputs.
+        device: Device for the teacher.
         options: How detections become queries.
 
     Returns:
-        Log-probabilities (K, C), one row per query; and (D,) the query of each detection, -1 for
-        none, as for boxes without an area.
-
-    Raises:
-        UserError: A missing image, or a folder that cannot be written.
+        Log-probabilities (K, C) of K queries, and each detection's query (D,), -1 for none.
     """
     options = options or QueryOptions()
     models = _models(teacher, truth)
@@ -127,7 +124,7 @@ def context_of(
 
 
 def _models(teacher: TrainedTeacher, truth: Truth) -> list[torch.nn.Module]:
-    """The teacher's model, or its fold models if it was trained on these images."""
+    """Return the teacher's model, or its fold models if it was trained on these images."""
     train = teacher.problem.train_annotations(teacher.section)
     same = train is not None and read_json(train)[1] == read_json(truth.path)[1]
     if not same:
@@ -151,7 +148,7 @@ def _key(
     images: Path,
     options: QueryOptions,
 ) -> str:
-    """Hash all that predictions depend on."""
+    """Hash everything that the predictions depend on."""
     files = [images / name for name in truth.file_names]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(
@@ -170,7 +167,7 @@ def _key(
 
 
 def _plans(truth: Truth, found: Detections, options: QueryOptions) -> tuple[list[_Plan], Ints]:
-    """Plan the queries of each image; also returns the query of each detection, -1 for none."""
+    """Plan the queries of each image; also return each detection's query (D,), -1 for none."""
     question = np.full(len(found.scores), -1, np.int64)
     sides = corners(found.boxes.xywh).astype(np.float32)  # precision of `Question.boxes`
     usable = np.all(sides[:, 2:] > sides[:, :2], axis=1)  # an empty box hides nothing
@@ -197,12 +194,8 @@ def _plans(truth: Truth, found: Detections, options: QueryOptions) -> tuple[list
 def group_boxes(overlaps: Floats, least: float) -> Ints:
     """Group boxes greedily, as non-maximum suppression does.
 
-    Args:
-        overlaps: (n, n) IoU of boxes in falling order of score.
-        least: IoU from which a box joins the group of a better-scored one.
-
-    Returns:
-        (n,) the best box of each box's group.
+    `overlaps` (n, n) is the IoU of boxes sorted by descending score. A box joins the group of a
+    better-scored box from IoU `least`. Returns the index of the best box in each box's group, (n,).
     """
     leader = np.full(len(overlaps), -1, np.int64)
     for box in range(len(overlaps)):

@@ -1,4 +1,4 @@
-"""A teacher's predictions for a photograph: classes behind regions, and heat maps of classes."""
+"""Predict classes behind regions of a photograph, and heat maps of where classes are expected."""
 
 from __future__ import annotations
 
@@ -23,27 +23,20 @@ _PEAK = 0.1  # peaks below this fraction of the highest are noise
 
 @dataclass(frozen=True, eq=False)
 class Expectation:
-    """The classes that a teacher expects behind a region.
-
-    Attributes:
-        region: The region.
-        probabilities: (C,).
-        image: (3, h, w) uint8 as the teacher sees it, before anything is hidden.
-        hidden: (h, w) bool, the hidden pixels.
-        labels: (M,) int64 classes of the photograph's known objects that are input to the teacher,
-            -1 where covered; None for a teacher that reads pixels only.
-    """
+    """The classes that a teacher expects behind a region."""
 
     region: Region
-    probabilities: Tensor
-    image: Tensor
-    hidden: Tensor
+    probabilities: Tensor  # (C,)
+    image: Tensor  # (3, h, w) uint8 teacher input, before anything is hidden
+    hidden: Tensor  # (h, w) bool, True for hidden pixels
+    # (M,) int64 classes of the annotated objects given to the teacher, -1 where the region covers
+    # one; None if the teacher reads pixels only.
     labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A position in pixels of the photograph, and the probability there."""
+    """A position x, y in pixels of the photograph, and the class probability there."""
 
     x: float
     y: float
@@ -52,23 +45,17 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """Probabilities of one class over a photograph.
+    """Probabilities of one class over a photograph."""
 
-    Attributes:
-        values: (h, w) probabilities over the whole photograph, long side at most 512.
-        places: The likeliest places, at a distance from each other, best first.
-        sides: Width and height of the hidden regions, pixels of the photograph.
-    """
-
-    values: Tensor
-    places: tuple[Place, ...]
-    sides: tuple[tuple[float, float], ...]
+    values: Tensor  # (h, w) probabilities over the whole photograph, long side at most 512
+    places: tuple[Place, ...]  # distant peaks, the most probable first
+    sides: tuple[tuple[float, float], ...]  # width and height of the hidden regions, in pixels
 
 
 def expect_classes(
     teacher: TrainedTeacher, photo: Photograph, regions: Sequence[Region], device: torch.device
 ) -> list[Expectation]:
-    """Predict the class behind each region; each is hidden in an input of its own."""
+    """Predict the class behind each region; each region is hidden in a separate input."""
     found: dict[int, Expectation] = {}
     for exact in (False, True):
         rows = [row for row, region in enumerate(regions) if (region.mask is not None) == exact]
@@ -96,15 +83,16 @@ def region_probabilities(
     device: torch.device,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Class probabilities (K, C) behind each region.
+    """Predict class probabilities (K, C) behind each region.
+
+    Annotated objects of the photograph are given to the teacher unless the region covers them.
 
     Args:
-        teacher: The teacher; the photograph's known objects are input as well, except those that a
-            region covers.
+        teacher: A context teacher.
         photo: The image.
-        boxes: (K, 4) xyxy pixels of it.
-        device: Where to compute.
-        masks: (K, H, W) bool, exact regions.
+        boxes: (K, 4) xyxy in pixels of the photograph.
+        device: Device for the teacher.
+        masks: (K, H, W) bool, exact regions; the boxes by default.
     """
     groups = [(torch.arange(len(boxes)), photo.labels)]
     if teacher.reads_labels and len(photo.boxes):
@@ -121,7 +109,7 @@ def region_probabilities(
 
 
 def _visible_labels(photo: Photograph, boxes: Tensor) -> Tensor:
-    """Labels of the known objects for each region, (K, M): -1 where it covers one."""
+    """Return labels of the annotated objects per region, (K, M); -1 if the region covers one."""
     low = torch.maximum(boxes[:, None, :2], photo.boxes[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], photo.boxes[None, :, 2:])
     shared = (high - low).clamp(min=0.0).prod(dim=2)  # (K, M)
@@ -153,19 +141,19 @@ def heat_maps(
     device: torch.device,
     places: int = 5,
 ) -> list[HeatMap]:
-    """Slide hidden regions over a photograph and map where classes are expected.
+    """Slide hidden regions over a photograph and map where each class is expected.
 
-    Each size of region gives a map: the probability at the centre of each window, bicubic between
-    the centres and constant beyond them. The result is the mean over sizes.
+    Each region size gives one map, interpolated (bicubic) between the window centres. The heat map
+    of a class is the mean over region sizes.
 
     Args:
         teacher: A context teacher.
         photo: The image.
-        labels: Classes; all maps come from the same passes.
-        scales: Sizes of the region, as fractions of the image's width and height.
-        stride: Largest step between neighbours, as a fraction of the region's sides.
-        device: Where to compute.
-        places: Largest number of places to return.
+        labels: Classes to map.
+        scales: Region sizes, as fractions of the image's width and height.
+        stride: Largest step between adjacent regions, as a fraction of the region's sides.
+        device: Device for the teacher.
+        places: Largest number of peaks per class.
     """
     slid = [windows(photo.size, scale, stride) for scale in scales]
     boxes = torch.cat([one.boxes for one in slid])
@@ -182,13 +170,13 @@ def heat_maps(
 
 
 def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int, int]) -> Tensor:
-    """Interpolate one value per window over an image of `size`; the result is (h, w) = `fine`."""
+    """Interpolate one value per window over an image of `size` to a map of (h, w) = `fine`."""
     middles = (slid.boxes[:, :2] + slid.boxes[:, 2:]) / 2
     axes = []
     for places, length, axis in ((fine[1], size[1], 0), (fine[0], size[0], 1)):
         first, last = float(middles[0, axis]), float(middles[-1, axis])
         at = (torch.arange(places) + 0.5) * (length / places)
-        # -1 and 1 are the outermost middles; a single one holds everywhere.
+        # -1 and 1 are the outermost window centres; a single window's value applies everywhere.
         axes.append(((at - first) / max(last - first, 1e-6) * 2 - 1).clamp(-1, 1))
     down, across = torch.meshgrid(axes[1], axes[0], indexing="ij")
     grid = torch.stack([across, down], dim=2)[None]
@@ -200,7 +188,7 @@ def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int
 def _best_places(
     values: Tensor, size: tuple[int, int], sides: Sequence[tuple[float, float]], count: int
 ) -> tuple[Place, ...]:
-    """Find the peaks, best first, at least the smallest region's shorter side apart."""
+    """Find peaks, most probable first, at least the smallest region's shorter side apart."""
     height, width = values.shape
     step = size[1] / width
     y = (torch.arange(height) + 0.5) * (size[0] / height)
