@@ -1,6 +1,6 @@
 """Regions of an image: given by the user, random, or sliding windows.
 
-A pixel belongs to a region that contains its centre, as everywhere (`kd.transforms.hide`).
+A region contains the pixels whose centres it contains, as in `kd.transforms.hide`.
 """
 
 from __future__ import annotations
@@ -29,26 +29,20 @@ _ASPECTS = (0.5, 2.0)  # width / height of random boxes
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A part of one image.
-
-    Attributes:
-        name: For figures and messages: "box 10,20,30,40", "sky.png".
-        box: xyxy pixels, within the image; around `mask` where there is one.
-        mask: (H, W) bool, where the region is not the box itself.
-    """
+    """A part of one image, with a `name` for figures and messages ("sky.png")."""
 
     name: str
-    box: Box
-    mask: Mask | None = None
+    box: Box  # xyxy pixels within the image; the bounding box of `mask` if given
+    mask: Mask | None = None  # (H, W) bool, for regions that are not boxes
 
 
-# Places a region on an image, given the image's name for messages and its height and width; raises
-# a `UserError` if the region lies outside of the image or is a mask of another size.
+# Creates a region from the image's name (for messages) and its height and width; raises a
+# `UserError` if the region lies outside the image or is a mask of a different size.
 Shape = Callable[[str, tuple[int, int]], Region]
 
 
 def box_region(corners: Box, image: str, size: tuple[int, int]) -> Region:
-    """A box, xyxy pixels, clipped to an image."""
+    """Clip a box, xyxy pixels, to an image."""
     x1, y1, x2, y2 = corners
     box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0])))
     name = "box " + ",".join(f"{corner:g}" for corner in corners)
@@ -60,7 +54,7 @@ def box_region(corners: Box, image: str, size: tuple[int, int]) -> Region:
 def polygon_region(
     corners: Sequence[tuple[float, float]], image: str, size: tuple[int, int]
 ) -> Region:
-    """A polygon of corners x, y in pixels, drawn on an image; crossing edges leave holes."""
+    """Create a region from polygon corners x, y in pixels, by the even-odd rule."""
     mask = polygon_mask(np.array(corners), size)
     name = f"polygon of {len(corners)} corners"
     if not mask.any():
@@ -76,7 +70,7 @@ def _mask_region(file: Path, mask: Mask, image: str, size: tuple[int, int]) -> R
 
 
 def parse_box(text: str) -> Shape:
-    """Parse "x1,y1,x2,y2"; a `UserError` unless it is four numbers that span an area."""
+    """Parse a box "x1,y1,x2,y2" in pixels."""
     numbers = _numbers(text, "box")
     if len(numbers) != 4:
         raise UserError(f"box {text!r}: expected x1,y1,x2,y2 in pixels, got {len(numbers)} numbers")
@@ -87,7 +81,7 @@ def parse_box(text: str) -> Shape:
 
 
 def parse_polygon(text: str) -> Shape:
-    """Parse "x1,y1,x2,y2,x3,y3,..."; a `UserError` unless it is three corners or more."""
+    """Parse a polygon "x1,y1,x2,y2,x3,y3,..." in pixels, with at least three corners."""
     numbers = _numbers(text, "polygon")
     if len(numbers) % 2 or len(numbers) < 6:
         raise UserError(
@@ -98,7 +92,7 @@ def parse_polygon(text: str) -> Shape:
 
 
 def read_mask(file: Path) -> Shape:
-    """Read a mask: an image whose nonzero pixels, of which it must have some, are hidden."""
+    """Read a mask image, whose nonzero pixels are the region."""
     try:
         with Image.open(file) as image:
             pixels = np.asarray(_without_alpha(image))
@@ -115,12 +109,12 @@ def read_mask(file: Path) -> Shape:
 def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return image.convert("RGB" if image.mode.upper() == "RGBA" else "L")
-    # The palette's colours count, not their indices: index 0 may be white.
+    # A palette image is converted to colours, because palette index 0 may be white.
     return image.convert("RGB") if image.mode == "P" else image
 
 
 def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mask:
-    """Pixels (H, W) with centres inside a polygon (n, 2) of x, y, by the even-odd rule."""
+    """Rasterize a polygon (n, 2) of x, y corners to a mask (H, W), by the even-odd rule."""
     rows, columns = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     mask = np.zeros(size, np.bool_)
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -134,10 +128,9 @@ def polygon_mask(corners: npt.NDArray[np.float64], size: tuple[int, int]) -> Mas
 def random_boxes(
     count: int, size: tuple[int, int], fractions: tuple[float, float], random: np.random.Generator
 ) -> list[Region]:
-    """Draw boxes anywhere within an image.
+    """Sample boxes uniformly in position, log area fraction and log aspect ratio (1:2 to 2:1).
 
-    The logarithms of a box's fraction of the image (between `fractions`) and of its aspect ratio
-    (1:2 to 2:1) are uniform, and so is its position.
+    `fractions` are the smallest and largest area as a fraction of the image.
     """
     regions = []
     for _ in range(count):
@@ -153,14 +146,14 @@ def random_boxes(
 
 
 class Windows(NamedTuple):
-    """Boxes of one size on an even grid; the outer ones touch the image's borders."""
+    """Boxes of one size on a regular grid; the outer boxes touch the image's borders."""
 
     boxes: Tensor  # (rows * columns, 4) xyxy pixels, row by row
     grid: tuple[int, int]  # rows and columns
 
 
 def parse_scale(text: str) -> tuple[float, float]:
-    """Parse "WxH", fractions of the image's width and height; a `UserError` if out of range."""
+    """Parse "WxH", fractions of the image's width and height in (0, 1]."""
     parts = text.lower().split("x")
     try:
         width, height = (float(part) for part in parts)
@@ -175,7 +168,7 @@ def parse_scale(text: str) -> tuple[float, float]:
 
 
 def check_stride(stride: float) -> None:
-    """Refuse a stride, a fraction of the window, that is 0 or leaves gaps between windows."""
+    """Raise a `UserError` unless a stride, as a fraction of the window, is in (0, 1]."""
     if not 0 < stride <= 1:
         raise UserError(
             f"stride {stride:g}: must be above 0 and at most 1, a fraction of the region"
@@ -183,15 +176,12 @@ def check_stride(stride: float) -> None:
 
 
 def windows(size: tuple[int, int], scale: tuple[float, float], stride: float) -> Windows:
-    """Slide a window over an image.
+    """Slide a window over an image of `size` (height, width).
 
     Args:
         size: Height and width of the image.
         scale: Width and height of the window as fractions of the image's.
-        stride: Largest step between neighbours, as a fraction of the window's sides.
-
-    Raises:
-        UserError: An invalid stride.
+        stride: Largest step between adjacent windows, as a fraction of the window's sides.
     """
     check_stride(stride)
     sides, starts = [], []

@@ -1,4 +1,4 @@
-"""The work of `kd.imagine` on one image: query regions, slide windows, draw and report."""
+"""Run `kd.imagine` on one image: query regions, map classes, draw figures and report."""
 
 from __future__ import annotations
 
@@ -34,48 +34,29 @@ from kd.runs.load_teacher import TrainedTeacher, class_names_of, load_teacher
 
 _log = logging.getLogger("kd")
 _RANDOM = 3  # random regions if the user gives no region
-_LEAST_FRACTION = 0.01  # of the image, of random regions; smaller ones are hard to see
+_LEAST_FRACTION = 0.01  # least image fraction of random regions; smaller ones are hard to see
 
 
 @dataclass(frozen=True)
 class Imagination:
-    """A teacher ready to be queried about images.
-
-    Attributes:
-        teacher: The teacher.
-        names: C class names.
-        prior: (C,) fractions of the classes among the train objects, if the run stored them.
-        shapes: Regions given by the user, for each image.
-        random: Number of random regions of each image.
-        seed: Random seed of these.
-        labels: Classes to draw heat maps of.
-        scales: Sizes of sliding regions, as fractions of width and height.
-        stride: Step of sliding regions, as a fraction of their sides.
-        out: Folder of the figures.
-        top: Number of classes to list.
-        device: Where to compute.
-    """
+    """A context teacher and the options of `kd.imagine`; call it with an image."""
 
     teacher: TrainedTeacher
-    names: tuple[str, ...]
-    prior: NDArray[np.float64] | None
-    shapes: tuple[Shape, ...]
-    random: int
+    names: tuple[str, ...]  # C class names
+    prior: NDArray[np.float64] | None  # (C,) class fractions of train objects, if stored
+    shapes: tuple[Shape, ...]  # regions given by the user, for each image
+    random: int  # number of random regions per image
     seed: int
-    labels: tuple[int, ...]
-    scales: tuple[tuple[float, float], ...]
-    stride: float
-    out: Path
-    top: int
+    labels: tuple[int, ...]  # classes to draw heat maps of
+    scales: tuple[tuple[float, float], ...]  # sliding regions, fractions of width and height
+    stride: float  # step of sliding regions, as a fraction of their sides
+    out: Path  # folder of the figures
+    top: int  # number of classes to list
     device: torch.device
 
     @classmethod
     def open(cls, run: Path, args: argparse.Namespace) -> Imagination:
-        """Parse the flags of `kd.imagine`, read mask files and load a teacher.
-
-        Raises:
-            UserError: An invalid flag, an unreadable file, or a class that the teacher lacks.
-        """
+        """Parse the flags of `kd.imagine`, read mask files and load a teacher."""
         shapes: list[Shape] = [parse_box(text) for text in args.box]
         shapes += [parse_polygon(text) for text in args.polygon]
         shapes += [read_mask(file) for file in args.mask]
@@ -98,11 +79,11 @@ class Imagination:
 
     @property
     def size(self) -> int:
-        """Long side of the teacher's images."""
+        """Long side of the teacher's images in pixels."""
         return hidden_objects(self.teacher).size
 
     def check_annotations(self, given: bool) -> None:
-        """Warn if the teacher lacks annotations that it reads, or does not read those given."""
+        """Warn if the teacher reads annotations but none are given, or the reverse."""
         reads = self.teacher.reads_labels
         if reads and not given:
             _log.warning(
@@ -115,17 +96,9 @@ class Imagination:
                          self.teacher.folder)  # fmt: skip
 
     def __call__(self, photo: Photograph, output: str) -> str:
-        """Query the teacher about one image and draw figures.
+        """Query the teacher about one image, draw figures and return lines for the terminal.
 
-        Args:
-            photo: The image.
-            output: Stem of the figures' file names.
-
-        Returns:
-            Lines for the terminal.
-
-        Raises:
-            UserError: A region outside of the image, a mask of another size, or no place to write.
+        The names of the figure files start with `output`.
         """
         lines = [str(photo.path)]
         if regions := self._regions(photo):
@@ -145,7 +118,7 @@ class Imagination:
     def _query_regions(self, photo: Photograph, regions: Sequence[Region], file: Path) -> list[str]:
         found = expect_classes(self.teacher, photo, regions, self.device)
         boxes = photo.boxes.tolist()
-        objects = [  # class and box of those that the teacher reads, if it reads any
+        objects = [  # class and box of the objects given to the teacher, if it reads any
             [
                 (self.names[n], box)
                 for n, box in zip(one.labels.tolist(), boxes, strict=True)
