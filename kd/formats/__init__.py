@@ -1,10 +1,9 @@
 """Readers and writers of dataset files: COCO, VOC, KITTI, label maps, fixations.
 
-`LAYOUTS` registers the published layouts, without importing torch. A custom layout is named
-`package.module:attribute`, a function that opens one split. `root` is the dataset's folder, `split`
-the split's name:
+`LAYOUTS` registers the published layouts without importing torch. A custom layout is named
+`package.module:attribute` and is a function that opens one split of the dataset in folder `root`:
 
-- boxes: (root, split) -> the content of a COCO instances JSON, and the folder of the images;
+- boxes: (root, split) -> the content of a COCO instances JSON, and the image folder;
 - label maps: (root, split) -> `kd.formats.segmentation.LabelMapSplit`;
 - fixations: (root, split, options) -> `kd.formats.fixations.GazeSplit`.
 """
@@ -31,7 +30,7 @@ LAYOUTS: dict[str, Entry] = {
 
 
 def check_layout(name: str, problem: str, *, annotated: str) -> str:
-    """Return `name` if it is a layout for `problem`; `annotated` names the COCO-format layout."""
+    """Return `name` if it is a layout for `problem`; `annotated` is the name of the COCO layout."""
     known = [annotated, *(one for one, entry in LAYOUTS.items() if entry.problem == problem)]
     if name not in known and not is_foreign(name):
         raise ValueError(f"unknown layout {name!r}{all_names(name, known)}")

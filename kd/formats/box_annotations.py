@@ -1,8 +1,6 @@
-"""Parts shared by the readers that convert box annotations to COCO JSONs.
+"""Tools for converting box annotations to COCO JSONs, shared by the VOC and KITTI readers.
 
-A layout's reader (`kd.formats.voc`, `kd.formats.kitti`) builds the JSON's content, and
-`instances_file` writes it beside the data, where `kd.formats.coco` and `kd.formats.coco_results`
-read it. Objects that a benchmark ignores are crowds in the JSON; additional fields say why.
+Objects that a benchmark ignores become crowds in the JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ Corners = tuple[float, float, float, float]
 
 
 class CocoContent:
-    """Builder of a COCO JSON's content; category ids count from 1."""
+    """Builder of a COCO JSON's content; category ids start at 1."""
 
     def __init__(self, classes: Sequence[str], description: str) -> None:
         self._ids = {name: number for number, name in enumerate(classes, start=1)}
@@ -31,15 +29,15 @@ class CocoContent:
         self._objects: list[Json] = []
 
     def add_image(self, image_id: int, file_name: str, *, height: int, width: int) -> None:
-        """Add an image, to which all objects added next belong."""
+        """Add an image; objects added next belong to it."""
         image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
         self._images.append(image)
 
     def add_object(self, name: str, corners: Corners, *, crowd: bool, **fields: object) -> None:
-        """Add an object to the last image.
+        """Add an object to the last image; evaluation ignores detections that match a `crowd`.
 
-        `corners` are x1, y1, x2, y2 in continuous pixel coordinates: a box from 0 to 16 is 16 wide.
-        The evaluation ignores detections that match a `crowd`.
+        `corners` are x1, y1, x2, y2 in continuous pixel coordinates: x from 0 to 16 is 16 pixels
+        wide.
         """
         x1, y1, x2, y2 = corners
         self._objects.append(
@@ -65,10 +63,10 @@ class CocoContent:
 
 
 def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
-    """Concatenate COCO JSONs of the same classes into one.
+    """Concatenate COCO JSONs that have the same classes.
 
-    `folders` are the folders of each JSON's images, which are prepended to the file names. If all
-    image ids differ, they are unchanged, else images are renumbered from 1; objects always are.
+    Each JSON's image folder (`folders`) is prepended to its file names. Image ids are renumbered
+    from 1 only if they clash; object ids always are.
     """
     images = [(n, image) for n, content in enumerate(contents) for image in content["images"]]
     unique = len({image["id"] for _, image in images}) == len(images)
@@ -95,8 +93,7 @@ def joined(contents: Sequence[Json], folders: Sequence[str]) -> Json:
 def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
     """Write `instances_NAME.json` to `root/annotations`, or to the cache if that is read-only.
 
-    The cache is `$KD_CACHE`, by default `~/.cache/kd`. An existing file with the same content is
-    not written again, so that its index remains valid.
+    An existing file with the same content is not rewritten, so its index stays valid.
     """
     data = json.dumps(content, separators=(",", ":")).encode()
     paths = instances_paths(root, name)
@@ -115,16 +112,13 @@ def instances_file(content: Mapping[str, Any], root: Path, name: str) -> Path:
 
 
 def instances_paths(root: Path, name: str) -> tuple[Path, Path]:
-    """The two paths that `instances_file` may write to: beside the data, and in the cache."""
+    """The paths where `instances_file` may write: beside the data, and in the cache."""
     file = f"instances_{name}.json"
     return root / "annotations" / file, cache_path("boxed", root, file)
 
 
 def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
-    """Read a split's file, one image name per line: (line number, name) of each image.
-
-    If the file is missing, the error message lists the other splits in `folder`.
-    """
+    """Read a split's file, one image per line, as (line number, image name) pairs."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -151,10 +145,9 @@ def split_names(path: Path, folder: Path) -> list[tuple[int, str]]:
 
 
 def image_ids(names: Sequence[str]) -> list[int]:
-    """Derive an integer id for each image name from its digits: 2007000027 for 2007_000027.
+    """Derive image ids from the digits in image names: 2007_000027 has id 2007000027.
 
-    Such an id is the same in every split. If a name has no digits, has more than 18, or two names
-    have the same number, the ids are the positions in `names` instead, counted from 1.
+    If any name has no digits or more than 18, or if ids clash, images are numbered from 1 instead.
     """
     digits = ["".join(letter for letter in name if letter in "0123456789") for name in names]
     if all(digits) and len(set(map(int, digits))) == len(names) and max(map(len, digits)) < 19:

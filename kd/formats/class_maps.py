@@ -1,8 +1,7 @@
-"""Maps with the class of each pixel, drawn once from COCO annotations and stored.
+"""Class-id maps of images, drawn once from COCO annotations and stored.
 
-In a map, 0 is background and 1 + c is class c. Smaller objects are drawn over larger ones. An
-object is drawn as its exact segment if it has one, otherwise as its box, directly at the map's
-size. Maps are only ever resampled by nearest neighbour.
+In a map, 0 is background and 1 + c is class c. Each object is drawn as its segment, or as its box
+if it has none; smaller objects are drawn over larger ones.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ Map = npt.NDArray[np.uint8 | np.int16]
 class ClassMaps:
     """Class-id maps of a dataset's images, stored with a long side of `size` pixels.
 
-    The maps are drawn on first use and stored beside the dataset's index, or in the cache if that
-    folder is read-only. They are redrawn when the annotations or the drawing code have changed.
+    The maps are drawn on first use and redrawn when the annotations or the drawing code change.
+    They are stored beside the dataset's index, or in the cache if that folder is read-only.
     """
 
     def __init__(self, index: CocoIndex, size: int) -> None:
@@ -54,16 +53,11 @@ class ClassMaps:
         return {"maps": VERSION, "data": self.index.fingerprint, "size": self.size}
 
     def __call__(self, image: int, plan: Plan, size: tuple[int, int]) -> Tensor:
-        """Load the map of an image and augment it like the image.
+        """Load the map of image number `image` and augment it like the image.
 
-        Args:
-            image: Index of the image in `index`.
-            plan: Augmentation of the image.
-            size: Height and width of the image before augmentation, at the scale of the maps.
-
-        Returns:
-            Square map of the training size, uint8, or int16 for 256 or more classes; 0 in the
-            padding.
+        `size` is the image's height and width before augmentation, at the scale of the maps.
+        Returns a square map of the training size, uint8 (int16 for 256 or more classes), with 0 in
+        the padding.
         """
         ids = self.index.image_ids[image : image + 1].astype(np.int64)
         own = scaled_size(*self.index.size_of(image), self.size)
@@ -73,7 +67,7 @@ class ClassMaps:
         return pad(plan.masks(stored), self.size)[0]
 
     def _draw(self) -> None:
-        """Draw the maps that are missing, and redraw those that are outdated or corrupt."""
+        """Draw all missing, outdated and corrupt maps."""
         store, index = self.store, self.index
         manifest = store.manifest()
         per_shard = max(1, SHARD_BYTES // (self.size**2 * _dtype(index).itemsize))
@@ -100,11 +94,10 @@ class ClassMaps:
 
 
 def draw_class_map(index: CocoIndex, image: int, size: tuple[int, int], *, crowd: int = 0) -> Map:
-    """Draw the classes of all objects of image number `image`, the largest object first.
+    """Draw the classes of all objects in an image on a map of `size` = (height, width).
 
-    Returns:
-        Map of (height, width) = `size`: 0 for background, 1 + c for class c, and the value `crowd`
-        where there are only crowds.
+    Background is 0 and class c is 1 + c. Smaller objects cover larger ones. Pixels that only crowds
+    cover have the value `crowd`.
     """
     drawn = np.zeros(size, _dtype(index))
     if crowd and index.crowds is not None:
@@ -121,7 +114,7 @@ def _dtype(index: CocoIndex) -> np.dtype[Any]:
 
 
 def _folder_of(index: CocoIndex, size: int) -> Path:
-    """Folder for the maps: beside the index, or in the cache if that folder is read-only."""
+    """Folder for the maps: beside the index, or in the cache if that is read-only."""
     beside = index.index_folder.with_name(f"{index.annotation_file.stem}.class_maps-{size}")
     for folder in (beside, cache_path("class_maps", beside, beside.name)):
         if folder.exists() or may_write(folder.parent):

@@ -1,8 +1,7 @@
-"""COCO-format datasets as flat arrays that all workers on a machine share.
+"""COCO-format datasets as flat arrays, shared by all worker processes on a machine.
 
-The JSON is read once and converted to an index, a folder of .npy files beside the JSON
-(`instances_x.kdindex/`). The index is memory-mapped, so that a dataset opens in seconds and its
-annotations are in memory once, whatever the number of workers.
+The JSON is converted once to an index, a folder of .npy files beside it (`instances_x.kdindex/`),
+and later opened in seconds by memory mapping.
 """
 
 from __future__ import annotations
@@ -28,74 +27,51 @@ _LISTED = 5
 
 @dataclass(frozen=True, eq=False)
 class CocoIndex:
-    """The images and usable objects of one COCO JSON: I images, M objects, C classes.
+    """Images and usable objects of one COCO JSON: I images, M objects, C classes.
 
-    Arrays are read-only memory maps; a pickle contains only their paths. Each object is one row of
-    the arrays of length M; the objects of image `i` are the rows `first[i]:first[i + 1]`.
+    The arrays are read-only memory maps; pickling stores only their paths. Each object is one row
+    of the arrays of length M. The objects of image `i` are the rows `first[i]:first[i + 1]`.
 
-    Attributes:
-        annotation_file: The JSON.
-        image_folder: Folder of the images.
-        index_folder: Folder of the arrays.
-        image_ids: (I,) int64, in the JSON's order.
-        heights: (I,) int32, pixels.
-        widths: (I,) int32, pixels.
-        name_bytes: Concatenated file names, UTF-8, uint8.
-        name_first: (I + 1,) int64, start of each name in `name_bytes`.
-        first: (I + 1,) int64, first row of each image's objects.
-        object_ids: (M,) int64, the annotations' ids.
-        boxes: (M, 4) float32, xyxy pixels of the stored image, clipped to it.
-        labels: (M,) int16, 0..C-1 in the order of ascending category ids.
-        areas: (M,) float32, square pixels: the area in the JSON, or the box's if there is none.
-        points: (P, 2) float32, the polygons' corners x, y in pixels.
-        ring_first: Start of each polygon in `points`, int64.
-        rings_of: (M + 1,) int64, start of each object's polygons in `ring_first`.
-        rle_bytes: Compressed run lengths of objects without polygons, uint8.
-        rle_first: (M + 1,) int64, start of each object's run lengths in `rle_bytes`.
-        class_names: C names, in the order of `category_ids`.
-        category_ids: The JSON's C category ids, ascending.
-        confusable_groups: For each class, the name of its group of confusable classes, or None.
-        skipped: Number of objects left out, by reason: crowd, zero_area, outside_image, tiny (a box
-            less than a pixel wide or high).
-        notes: Number of objects, polygons or images that were corrected or look wrong, by kind:
-            clipped, bad_ring, bad_run_lengths, without_segment, images_without_object.
-        fingerprint: Hash of the JSON's content, and the version of the reader.
-        scored: (M,) bool, False for objects that are never hidden or scored and only serve as
-            context (`"scored": false` in the JSON); None if there are no such objects.
-        crowds: An index of the same images whose rows are the crowds (`iscrowd`), regions of
-            several objects, in place of the objects; None if there are no crowds.
+    `crowds` is an index of the same images with crowds (`iscrowd`) instead of objects. `skipped`
+    and `notes` count the objects, polygons or images that were skipped, or were corrected or
+    suspicious.
     """
 
     annotation_file: Path
     image_folder: Path
     index_folder: Path
-    image_ids: npt.NDArray[np.int64]
-    heights: npt.NDArray[np.int32]
-    widths: npt.NDArray[np.int32]
-    name_bytes: npt.NDArray[np.uint8]
-    name_first: npt.NDArray[np.int64]
-    first: npt.NDArray[np.int64]
-    object_ids: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int16]
-    areas: npt.NDArray[np.float32]
-    points: npt.NDArray[np.float32]
-    ring_first: npt.NDArray[np.int64]
-    rings_of: npt.NDArray[np.int64]
-    rle_bytes: npt.NDArray[np.uint8]
-    rle_first: npt.NDArray[np.int64]
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    confusable_groups: tuple[str | None, ...]
-    skipped: dict[str, int]
+    image_ids: npt.NDArray[np.int64]  # (I,), in the JSON's order
+    heights: npt.NDArray[np.int32]  # (I,), pixels
+    widths: npt.NDArray[np.int32]  # (I,), pixels
+    name_bytes: npt.NDArray[np.uint8]  # UTF-8 bytes of all file names, concatenated
+    name_first: npt.NDArray[np.int64]  # (I + 1,), start of each name in `name_bytes`
+    first: npt.NDArray[np.int64]  # (I + 1,), first row of each image's objects
+    object_ids: npt.NDArray[np.int64]  # (M,), annotation ids
+    boxes: npt.NDArray[np.float32]  # (M, 4), xyxy in pixels of the image file, clipped to the image
+    labels: npt.NDArray[np.int16]  # (M,), 0..C-1 by ascending category id
+    areas: npt.NDArray[np.float32]  # (M,), square pixels; the box area if the JSON has no area
+    points: npt.NDArray[np.float32]  # (P, 2), x and y of all polygon corners in pixels
+    ring_first: npt.NDArray[np.int64]  # start of each polygon in `points`
+    rings_of: npt.NDArray[np.int64]  # (M + 1,), start of each object's polygons in `ring_first`
+    rle_bytes: npt.NDArray[np.uint8]  # run lengths of objects that have no polygons
+    rle_first: npt.NDArray[np.int64]  # (M + 1,), start of each object's run lengths in `rle_bytes`
+    class_names: tuple[str, ...]  # C names, in the order of `category_ids`
+    category_ids: tuple[int, ...]  # ascending
+    confusable_groups: tuple[str | None, ...]  # each class's group of confusable classes, or None
+    skipped: dict[
+        str, int
+    ]  # by reason: crowd, zero_area, outside_image, tiny (a side below 1 pixel)
+    # by kind: clipped, bad_ring, bad_run_lengths, without_segment, images_without_object
     notes: dict[str, int]
-    fingerprint: str
-    scored: npt.NDArray[np.bool_] | None = None
-    crowds: CocoIndex | None = None
+    fingerprint: str  # hash of the JSON, with the version of the reader
+    scored: npt.NDArray[np.bool_] | None = (
+        None  # (M,), False for objects that are never hidden or scored
+    )
+    crowds: CocoIndex | None = None  # None if there are no crowds
 
     @property
     def num_classes(self) -> int:
-        """Number of categories, C, including those without objects."""
+        """Number of categories C, including categories without objects."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -103,7 +79,7 @@ class CocoIndex:
         return len(self.image_ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle only the paths; a worker memory-maps the same files."""
+        """Pickle only the paths; each worker memory-maps the files itself."""
         arguments = (self.index_folder, self.annotation_file, self.image_folder, self.fingerprint)
         return _reopen, arguments
 
@@ -117,7 +93,7 @@ class CocoIndex:
         return self.image_folder / self.file_name(image)
 
     def image_of(self, row: int) -> int:
-        """Index into `image_ids` of the image that contains object `row`."""
+        """Index of the image (not its id) that contains object `row`."""
         return int(np.searchsorted(self.first, row, side="right")) - 1
 
     def size_of(self, image: int) -> tuple[int, int]:
@@ -129,15 +105,15 @@ class CocoIndex:
         return np.arange(int(self.first[image]), int(self.first[image + 1]))
 
     def polygons_of(self, row: int) -> list[npt.NDArray[np.float32]]:
-        """Polygons of object `row`, each (n, 2) x, y in pixels; an empty list if it has none."""
+        """Polygons of object `row`, each (n, 2) x, y in pixels; empty if it has no polygons."""
         rings = range(int(self.rings_of[row]), int(self.rings_of[row + 1]))
         return [self.points[self.ring_first[r] : self.ring_first[r + 1]] for r in rings]
 
     def mask_of(self, row: int, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        """Draw object `row` in its image scaled to `size`: (height, width), True on the object.
+        """Draw object `row` as a mask of `size` = (height, width), to which its image is scaled.
 
-        An object without a segmentation is drawn as its box. The mask may be empty if the scaled
-        object is thinner than a pixel.
+        An object without segmentation is drawn as its box. An object thinner than one pixel at this
+        scale may give an empty mask.
         """
         whole = self.size_of(self.image_of(row))
         scale = np.array([size[1] / whole[1], size[0] / whole[0]], np.float64)
@@ -162,20 +138,15 @@ def load_coco(
     check_images: bool = True,
     categories_from: CocoIndex | None = None,
 ) -> CocoIndex:
-    """Open a COCO-format dataset; build its index if necessary, and log the skipped objects.
+    """Open a COCO-format dataset, building its index if necessary, and log the skipped objects.
 
     The index is stored beside the JSON, or in `$KD_CACHE` (`~/.cache/kd`) if that folder is
-    read-only.
-
-    Args:
-        annotation_file: COCO instances JSON.
-        image_folder: Folder of the images; the JSON's file names are relative to it.
-        check_images: Check that every image exists, without reading any.
-        categories_from: A dataset that must have the same categories, such as the train split.
+    read-only. `check_images` checks that all image files exist, without decoding them.
+    `categories_from` is a dataset that must have the same categories, such as the train split.
 
     Raises:
-        UserError: The JSON is missing, broken or inconsistent; images are missing; categories
-            differ; the index cannot be written.
+        UserError: The JSON is missing or invalid, images are missing, the categories differ, or the
+            index cannot be written.
     """
     json_file, images = Path(annotation_file), Path(image_folder)
     folder = up_to_date_index(json_file)
@@ -259,7 +230,7 @@ def _report(index: CocoIndex) -> None:
 
 
 def check_images_decode(index: CocoIndex) -> list[str]:
-    """Decode all images; return a message for each one that is unreadable or of a wrong size."""
+    """Decode all images; return an error message for each unreadable image or wrong image size."""
     mistakes = []
     for image in range(len(index)):
         try:
@@ -270,7 +241,7 @@ def check_images_decode(index: CocoIndex) -> list[str]:
 
 
 def visible_objects(index: CocoIndex, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each of K hidden objects, given the id of its image: number of other objects, (K,)."""
+    """Count the other objects in each hidden object's image, given the K image ids: (K,)."""
     order = np.argsort(index.image_ids, kind="stable")
     images = order[np.searchsorted(index.image_ids, image_ids, sorter=order)]
     return np.asarray(np.diff(index.first)[images] - 1, dtype=np.int64)

@@ -1,8 +1,7 @@
 """Convert a COCO JSON to an index: flat arrays that `kd.formats.coco` opens in seconds.
 
-The conversion is slow and runs once per file. A large JSON is converted in a process of its own
-(`python -m kd.formats.coco_index JSON FOLDER`), because COCO's training set needs several gigabytes
-as Python objects, which are returned to the operating system only when a process ends.
+Large JSONs are converted in a separate process, which frees its memory when it ends: `python -m
+kd.formats.coco_index JSON FOLDER`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Array = npt.NDArray[Any]
 
 
 def build_index(annotation_file: Path, folder: Path) -> None:
-    """Read a COCO JSON and write its arrays and `meta.json` to `folder`, which must be empty."""
+    """Read a COCO JSON and write its arrays and `meta.json` to the empty folder `folder`."""
     coco, digest = read_coco(annotation_file)
     reader, crowds = _ObjectReader(coco), _ObjectReader(coco, crowds=True)
     for image_id in coco.imgs:
@@ -95,10 +94,7 @@ def _image_arrays(images: list[Json]) -> dict[str, Array]:
 
 
 class _ObjectReader:
-    """Reader of annotations that appends usable objects, image by image, to typed arrays.
-
-    One instance reads the objects and counts those it skips; another instance reads the crowds.
-    """
+    """Append the usable objects (or the crowds, if `crowds`) of each image to typed arrays."""
 
     def __init__(self, coco: COCO, *, crowds: bool = False) -> None:
         self.coco, self.crowds = coco, crowds
@@ -223,7 +219,7 @@ class _ObjectReader:
 
 
 def up_to_date_index(annotation_file: Path) -> Path:
-    """Return the folder of a JSON's index, beside the JSON or in the cache; build a missing one."""
+    """Return the index folder of a JSON, beside it or in the cache; build the index if outdated."""
     if not annotation_file.is_file():
         raise UserError(
             f"{annotation_file}: annotation file not found; check the dataset's root, or fetch "
@@ -277,7 +273,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Memory-map the arrays of an index, read-only; return them by name, and its `meta.json`.
+    """Memory-map an index, read-only: its arrays by name, and its `meta.json`.
 
     Raises:
         OSError: A file is missing.

@@ -1,4 +1,4 @@
-"""Read and write detection results in COCO format, and read the ground truth to score them."""
+"""Read and write COCO detection results, and read the ground truth they are scored against."""
 
 from __future__ import annotations
 
@@ -24,17 +24,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth for evaluating detections, including crowds and images without objects.
+    """Ground truth for evaluating detections: I images (with or without objects) and C classes.
 
-    Attributes:
-        path: The COCO instances JSON.
-        image_ids: (I,) int64, ascending.
-        file_names: File names of the I images, in the order of `image_ids`.
-        sizes: (I, 2) int64, height and width in pixels.
-        category_ids: (C,) int64, ascending.
-        class_names: Names of the C classes, in the order of `category_ids`.
-        confusable_groups: For each class, the name of its group of confusable classes, or None.
-        boxes: Boxes of all objects, in the JSON's order.
+    `image_ids` (I,) and `category_ids` (C,) are int64, ascending; the other fields follow their
+    order. `sizes` is (I, 2) int64, height and width in pixels. `confusable_groups` names each
+    class's group of confusable classes, or is None. `boxes` includes crowds, in the JSON's order.
     """
 
     path: Path
@@ -49,18 +43,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Detections:
-    """The D detections in a results file.
-
-    Attributes:
-        path: The file.
-        entries: The parsed JSON, one entry per detection.
-        boxes: The boxes as arrays, in the order of `entries`.
-        scores: (D,) float64, in the order of `entries`.
-        sha256: Checksum of the file.
-    """
+    """The D detections in a results file; `boxes` and `scores`, (D,) float64, follow `entries`."""
 
     path: Path
-    entries: list[Json]
+    entries: list[Json]  # the parsed JSON
     boxes: Boxes
     scores: npt.NDArray[np.float64]
     sha256: str
@@ -93,9 +79,8 @@ def read_truth(path: Path) -> Truth:
 def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) -> Detections:
     """Read a results file and check that `truth` contains its images and classes.
 
-    Boxes without an area, which detectors produce by clipping, are not removed: they match nothing
-    and count as false positives, as in pycocotools; a warning gives their number. If
-    `probabilities`, scores must be in 0..1; otherwise they may be any numbers, such as logits.
+    Boxes of zero area are kept with a warning; they are false positives, as in pycocotools. If
+    `probabilities`, scores must be in 0..1; otherwise any finite number is valid, such as a logit.
     """
     entries, digest = read_json(path)
     if not isinstance(entries, list):
@@ -119,14 +104,14 @@ def read_detections(path: Path, truth: Truth, *, probabilities: bool = False) ->
 
 
 def write_detections(path: Path, entries: Sequence[Json], scores: Sequence[float]) -> None:
-    """Write the detections `entries` with new scores and everything else unchanged."""
+    """Write the detections `entries` with new scores; all other fields stay unchanged."""
     changed = [{**entry, "score": score} for entry, score in zip(entries, scores, strict=True)]
     text = json.dumps(changed, separators=(",", ":"))
     write_text(path, text + "\n")
 
 
 def by_image(boxes: Boxes, images: int) -> Iterator[npt.NDArray[np.int64]]:
-    """For each of `images` images, yield the rows of its boxes, in ascending order."""
+    """For each image, yield the indices of its boxes in ascending order."""
     order = np.argsort(boxes.image, kind="stable")
     bounds = np.searchsorted(boxes.image[order], np.arange(images + 1))
     for start, end in pairwise(bounds.tolist()):
@@ -141,7 +126,7 @@ def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _mistake(
     entry: Any, images: set[int], categories: set[int], truth: Path, probabilities: bool
 ) -> str | None:
-    """Describe what is wrong with one entry of a results file; None if nothing is."""
+    """Describe the first mistake in one entry of a results file; None if the entry is valid."""
     if not isinstance(entry, Mapping):
         return f"is {str(entry)[:60]!r}, expected an object with image_id, category_id, bbox, score"
     missing = [key for key in ("image_id", "category_id", "bbox", "score") if key not in entry]
@@ -170,7 +155,7 @@ def _mistake(
 def _boxes(
     entries: Sequence[Json], image_ids: npt.NDArray[np.int64], category_ids: npt.NDArray[np.int64]
 ) -> Boxes:
-    """Convert JSON entries to arrays; an object's area is set to that of its box."""
+    """Convert JSON entries to arrays; areas are those of the boxes."""
     images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
     labels = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
     xywh = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)

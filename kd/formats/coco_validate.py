@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def read_json(path: Path) -> tuple[Any, str]:
-    """Parse a JSON file; return the value and the SHA-256 of the file's bytes in hexadecimal."""
+    """Parse a JSON file; return its value and the file's SHA-256 in hexadecimal."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -57,7 +57,7 @@ def _is_id(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite int or float, and not a bool."""
+    """Whether a value is a finite int or float; bools are not numbers."""
     # Comparisons also exclude NaN and infinity; isfinite would fail for integers above 1e308.
     return type(value) in (int, float) and -1e18 < value < 1e18  # type: ignore[operator]
 
@@ -147,7 +147,7 @@ def check_references(coco: COCO, path: Path) -> None:
 
 
 def read_coco(path: Path) -> tuple[COCO, str]:
-    """Read, check and index a COCO JSON; return it and the SHA-256 of the file."""
+    """Read, check and index a COCO JSON; return it and the file's SHA-256."""
     dataset, digest = read_json(path)
     check_layout(dataset, path)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

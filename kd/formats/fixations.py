@@ -1,4 +1,4 @@
-"""Fixations on images: readers of their files, and density maps drawn from them."""
+"""Fixations on images: file readers, and fixation density maps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ INSIDE = 0.5  # if a smaller fraction of fixations is inside the image, its size
 class Fixations(NamedTuple):
     """Fixations on one image.
 
-    `points` is (F, 2) float64, x and y in pixels from the upper left corner of the image file, so
-    that column c of pixels is x = c..c+1. `observers` is (F,) int64, `UNKNOWN` where the dataset
-    does not identify the observer.
+    `points` is (F, 2) float64: x and y in pixels of the image file, where pixel column c spans
+    c..c+1. `observers` is (F,) int64, `UNKNOWN` if the dataset does not identify observers.
     """
 
     points: NDArray[np.float64]
@@ -40,8 +39,8 @@ class Fixations(NamedTuple):
         return Fixations(self.points[chosen], self.observers[chosen])
 
 
-# Reads the fixations of an image, including those outside its frame, given its index in the split
-# and its height and width. Raises a UserError if a file is missing, corrupt or of another size.
+# (index of the image in the split, (height, width)) -> its fixations, even those outside the frame.
+# Raises a UserError if a file is missing, corrupt or of another size.
 FixationReader = Callable[[int, tuple[int, int]], Fixations]
 
 
@@ -49,13 +48,10 @@ FixationReader = Callable[[int, tuple[int, int]], Fixations]
 class GazeSplit:
     """A split of images with fixations.
 
-    Attributes:
-        where: File or folder of the split, the prefix of error messages.
-        images: Image files.
-        read: Reads the fixations on an image.
-        degree: Pixels of an image file per degree of visual angle. This is also the standard
-            deviation of the Gaussian that a density map has around each fixation.
-        maps: Published density maps, in the order of `images`; if empty, they are drawn.
+    `read` loads the fixations on an image. `degree` is the number of image pixels per degree of
+    visual angle, also used as the standard deviation of the Gaussians in density maps. `maps` are
+    published density maps in the order of `images`; if empty, maps are drawn from fixations.
+    `where` is the file or folder of the split, for error messages.
     """
 
     where: str
@@ -65,7 +61,7 @@ class GazeSplit:
     maps: tuple[Path, ...] = ()
 
     def fixations(self, number: int, size: tuple[int, int]) -> Fixations:
-        """Fixations on image `number`, of `size` (height, width), that lie within the image."""
+        """Load the fixations that lie inside image `number` of `size` = (height, width)."""
         found, path = self.read(number, size), self.images[number]
         if not len(found.points):
             raise UserError(
@@ -82,7 +78,7 @@ class GazeSplit:
         return found.of(inside)
 
     def density(self, number: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """Fixation density of image `number` on a `grid` (h, w): (1, h, w) float32 with sum 1."""
+        """Fixation density of image `number` on a `grid` (h, w): (1, h, w) float32, sum 1."""
         if not self.maps:
             return gaussian_density(self.fixations(number, size).points, size, grid, self.degree)
         published = read_density(self.maps[number], expected=size)
@@ -92,18 +88,13 @@ class GazeSplit:
 def gaussian_density(
     points: NDArray[np.float64], size: tuple[int, int], grid: tuple[int, int], degree: float
 ) -> Tensor:
-    """Draw a density map: the sum of a Gaussian around each fixation, normalised over the image.
-
-    Because Gaussians are separable, the map is the product of two narrow matrices on any grid.
+    """Draw a fixation density map, a Gaussian around each fixation: (1, *grid) float32, sum 1.
 
     Args:
         points: Fixations, (F, 2) x, y in pixels of the image file.
         size: Height and width of the image file.
-        grid: Height and width of the result.
-        degree: Standard deviation of a Gaussian in pixels of the image file.
-
-    Returns:
-        (1, *grid) float32 with sum 1.
+        grid: Height and width of the density map.
+        degree: Standard deviation of the Gaussians in pixels of the image file.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):
@@ -122,13 +113,13 @@ def gaussian_density(
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Divide each of the maps (..., h, w), not negative and not all zeros, by its sum."""
+    """Divide each map of (..., h, w) by its sum; maps must be non-negative and not all zero."""
     total = maps.double().sum(dim=(-2, -1), keepdim=True)
     return (maps / total).float()
 
 
 def read_density(path: Path, *, expected: tuple[int, int]) -> Tensor:
-    """Decode a published grey density map of 8 or more bits: (1, H, W) float32, not normalised."""
+    """Read a published grey density map, 8 bits or more: (1, H, W) float32, not normalised."""
     try:
         with Image.open(path) as file:
             grey = file if file.mode.startswith(("I", "F")) else file.convert("L")
@@ -152,10 +143,10 @@ _COLUMNS = ("image", "subject", "x", "y")
 
 
 def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
-    """Fixations of all observers from SALICON's .mat files.
+    """Read the fixations of all observers from a .mat file of SALICON.
 
-    A file contains `gaze`, an entry per observer with `fixations` (F, 2), and optionally
-    `resolution`, the image's height and width. Coordinates start at 1, as in MATLAB.
+    It contains `gaze`, with one entry per observer whose `fixations` are (F, 2) coordinates from 1,
+    and optionally `resolution`, the image's height and width.
     """
     content = _read_mat(path, "gaze")
     if "resolution" in content:
@@ -173,12 +164,12 @@ def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
 
 
 def read_cat2000(path: Path, size: tuple[int, int]) -> Fixations:
-    """Fixations from CAT2000's .mat files: `fixLocs` (H, W) is 1 at fixations; no observers."""
+    """Read a .mat file of CAT2000: `fixLocs` (H, W) is 1 at fixations; observers are unknown."""
     return _points(path, np.asarray(_read_mat(path, "fixLocs")["fixLocs"]) > 0, size)
 
 
 def read_mit1003(path: Path, size: tuple[int, int]) -> Fixations:
-    """Fixations from MIT1003's `_fixPts.jpg`, which are white at fixations; no observers."""
+    """Read a `_fixPts.jpg` of MIT1003, which is white at fixations; observers are unknown."""
     try:
         with Image.open(path) as file:
             there = np.asarray(file.convert("L")) >= _POINT
@@ -188,10 +179,10 @@ def read_mit1003(path: Path, size: tuple[int, int]) -> Fixations:
 
 
 def read_table(path: Path, names: Sequence[str]) -> list[Fixations]:
-    """Read the fixations on each image of a split from a table: a .npz of `columns` and `data`.
+    """Read the fixations on each image of a split from a .npz file.
 
-    `data` has a row for each fixation; its `columns` are image, subject, x and y in any order.
-    `names` are the names of the split's images, the numbers in the column `image`.
+    The file's `data` has one row per fixation. Its `columns` are image, subject, x and y in any
+    order. `names` are the split's image names: the numbers that appear in the column `image`.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:

@@ -1,10 +1,8 @@
-"""KITTI's object boxes as a COCO JSON (Geiger et al., 2012, doi:10.1109/CVPR.2012.6248074).
+"""Convert KITTI's object boxes to COCO JSONs (Geiger et al., doi:10.1109/CVPR.2012.6248074).
 
 The dataset's folder contains `training/image_2`, `training/label_2` and, for splits,
-`ImageSets/*.txt`. Boxes are continuous and zero-based, as in COCO. The benchmark evaluates cars,
-pedestrians and cyclists. It ignores vans detected as cars, seated people detected as pedestrians,
-and detections in DontCare regions. Vans, seated people and DontCare regions are therefore crowds in
-the JSON, which training skips and `kd.metrics.kitti_ap` ignores.
+`ImageSets/*.txt`. KITTI evaluates cars, pedestrians and cyclists. Vans, seated people and DontCare
+regions become crowds, which training skips and `kd.metrics.kitti_ap` ignores.
 """
 
 from __future__ import annotations
@@ -36,14 +34,12 @@ _FIELDS = 15
 
 
 def kitti_to_coco(root: str | Path, split: str) -> Json:
-    """Read a split of KITTI's object detection: a file of `ImageSets`, or "all" labelled images.
+    """Convert a KITTI split (a file in `ImageSets`, or "all") to the content of a COCO JSON.
 
-    Returns:
-        The content of a COCO JSON with file names as in `image_2` and classes car, pedestrian and
-        cyclist. Annotations also have `truncated` (0..1), `occluded` (0..3) and `type`, KITTI's
-        class name. Vans are crowds of class car, seated people of class pedestrian. A DontCare
-        region becomes three crowds, one of each class, with truncated and occluded -1. Trucks,
-        trams and other objects are left out.
+    The classes are car, pedestrian and cyclist. Vans become crowds of class car, seated people
+    crowds of class pedestrian, and a DontCare region one crowd of each class. Other objects are
+    dropped. Annotations also have `truncated` (0..1) and `occluded` (0..3), both -1 for DontCare,
+    and KITTI's class name as `type`.
     """
     root = Path(root)
     labels, images = root / "training" / "label_2", root / "training" / "image_2"
@@ -60,7 +56,7 @@ def kitti_to_coco(root: str | Path, split: str) -> Json:
 
 
 def kitti_truth(truth: Truth) -> KittiTruth:
-    """Ground truth for `kd.metrics.kitti_ap`, read from a JSON that `kitti_to_coco` made."""
+    """Convert ground truth, read from a JSON of `kitti_to_coco`, for `kd.metrics.kitti_ap`."""
     objects = read_json(truth.path)[0]["annotations"]
     types = np.array([str(one.get("type", "")) for one in objects])
     if unknown := set(types.tolist()) - set(_TYPES):
@@ -81,7 +77,7 @@ def kitti_truth(truth: Truth) -> KittiTruth:
 
 
 def _list_split(root: Path, labels: Path, split: str) -> tuple[Path, list[tuple[int, str]]]:
-    """Return the file or folder that lists a split, and the line number and name of each image."""
+    """Return the file or folder that lists a split, and its (line number, image name) pairs."""
     if not labels.is_dir():
         raise UserError(
             f"{labels}: no such folder; expected the folder of KITTI's object detection, which "
@@ -126,7 +122,7 @@ def _add(content: CocoContent, path: Path, names: str) -> None:
 
 
 def _read(words: list[str], where: str) -> tuple[str, float, int, Corners]:
-    """Parse the words of a label file's line: type, truncated, occluded and box."""
+    """Parse one line of a label file: type, truncated, occluded and box."""
     if len(words) != _FIELDS:
         raise UserError(
             f"{where}: {len(words)} fields, expected {_FIELDS}: type, truncated, occluded, alpha, "

@@ -1,4 +1,4 @@
-"""COCO's run-length encoding: validation, decoding and encoding."""
+"""Validate, decode and encode COCO's run-length encoding of masks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pycocotools import mask as rle_masks
 
 
 def pixels_of(packed: bytes) -> int:
-    """Return the number of pixels that compressed run lengths cover, or -1 if they are malformed.
+    """Count the pixels that compressed run lengths cover; -1 if they are malformed.
 
-    pycocotools does not check this: if the runs cover too few pixels, its decoder returns
-    uninitialised memory. Each character encodes 5 bits of a number; bit 5 is set if more follow.
-    From the fourth run on, a run is stored as the difference to the last but one run (`rleToString`
-    in the COCO API).
+    Check this before decoding: pycocotools returns uninitialised memory if too few pixels are
+    covered. The format is that of `rleToString` in the COCO API: 5 bits per character, where bit 5
+    says that more follow. From the fourth run on, each is stored as its difference from the run two
+    before.
     """
     chunks = np.frombuffer(packed, np.uint8).astype(np.int64) - 48
     if not len(chunks) or chunks.min() < 0 or chunks.max() > 63 or chunks[-1] & 32:
@@ -33,7 +33,7 @@ def pixels_of(packed: bytes) -> int:
 
 
 def decode(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    """Decode COCO's compressed run lengths, `{"size", "counts"}`, to a mask (H, W)."""
+    """Decode compressed COCO run lengths, `{"size", "counts"}`, to a mask (H, W)."""
     with warnings.catch_warnings():
         # pycocotools 2.0 lacks NumPy 2's `copy` argument and causes a warning; the mask is correct.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
@@ -41,13 +41,13 @@ def decode(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
 
 
 def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """Encode a mask (H, W) as COCO's compressed `{"size", "counts"}`, ready for JSON."""
+    """Encode a mask (H, W) as compressed COCO run lengths, `{"size", "counts"}`, ready for JSON."""
     rle = rle_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
 def resize_nearest(mask: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """Resize a mask to (height, width) by nearest neighbour."""
+    """Resize a mask to (height, width) with nearest-neighbour sampling."""
     if mask.shape == size:
         return mask
     rows, columns = (

@@ -1,13 +1,12 @@
 """Fixation datasets in their published layouts.
 
-salicon  `images/train/*.jpg`, `fixations/train/*.mat`, `maps/train/*.png`; `val` likewise
-mit1003  `ALLSTIMULI/*.jpeg`, `ALLFIXATIONMAPS/*_fixPts.jpg` and `*_fixMap.jpg`
-cat2000  `trainSet/Stimuli/CATEGORY/*.jpg`, `trainSet/FIXATIONLOCS/CATEGORY/*.mat`,
-         `trainSet/FIXATIONMAPS/CATEGORY/*.jpg`
-osie     `stimuli/*.jpg` and `fixations.npz`: `columns` image, subject, x, y, ... and `data`
+- salicon: `images/train/*.jpg`, `fixations/train/*.mat`, `maps/train/*.png`; `val` likewise
+- mit1003: `ALLSTIMULI/*.jpeg`, `ALLFIXATIONMAPS/*_fixPts.jpg` and `*_fixMap.jpg`
+- cat2000: `CATEGORY/*` in `trainSet/Stimuli`, `trainSet/FIXATIONLOCS`, `trainSet/FIXATIONMAPS`
+- osie: `stimuli/*.jpg` and `fixations.npz` with `columns` image, subject, x, y, ... and `data`
 
-SALICON and OSIE identify observers. Only SALICON publishes a train and a val split with fixations;
-the other datasets are split at random by image name (`random_split`).
+SALICON and OSIE identify observers. Only SALICON has published splits; the other datasets are split
+at random by image name.
 """
 
 from __future__ import annotations
@@ -33,13 +32,10 @@ from kd.registry import resolve
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """Options of a split of a fixation dataset.
+    """Options for opening a split of a fixation dataset.
 
-    Attributes:
-        degree: Pixels of the image files per degree of visual angle.
-        published: Use the published density maps instead of drawing them from fixations.
-        val_fraction: Fraction of images in the val split, for datasets that are split at random.
-        seed: Seed of the random split.
+    `degree` is in image pixels per degree of visual angle. If `published`, published density maps
+    replace maps drawn from fixations. `val_fraction` and `seed` define a random val split.
     """
 
     degree: float
@@ -49,7 +45,7 @@ class SplitOptions:
 
 
 def open_gaze(layout: str, root: Path, split: str, options: SplitOptions) -> GazeSplit:
-    """Open split `train` or `val` of a published dataset, or any of SALICON's split folders."""
+    """Open the `train` or `val` split of a published dataset, or any split folder of SALICON."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
     opened: GazeSplit = found.open(root, split, options)
@@ -119,7 +115,7 @@ def _split(
     points: Callable[[str], Path],
     maps: Callable[[str], Path],
 ) -> GazeSplit:
-    """Build a split; `points` and `maps` map an image's name to its fixation and density file."""
+    """Build a split; `points` and `maps` map an image name to its fixation and density file."""
     if not images:
         raise UserError(f"{where}: empty split: no images")
     files = tuple(map(points, images))

@@ -1,4 +1,4 @@
-"""Label-map datasets in their published layouts, and maps drawn from COCO annotations."""
+"""Label-map datasets in published layouts, and label maps drawn from COCO annotations."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Table = NDArray[np.int16]  # (256,): class of each id in a file
 
 
 def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = ()) -> Table:
-    """Build a table that maps the ids in label-map files to classes, `VOID` or `UNKNOWN`.
+    """Build a table from the ids in label-map files to classes, `VOID` or `UNKNOWN`.
 
-    `classes` maps ids to classes, or is the number of classes C if an id is the class itself;
-    `void` are the ids of unlabelled pixels. All other ids are `UNKNOWN`.
+    `classes` maps ids to classes; a number C means that ids 0..C-1 are the classes themselves.
+    `void` lists the ids of unlabelled pixels. All other ids are `UNKNOWN`.
     """
     table = np.full(256, UNKNOWN, np.int16)
     pairs = {c: c for c in range(classes)} if isinstance(classes, int) else dict(classes)
@@ -44,10 +44,10 @@ def id_table(classes: Mapping[int, int] | int, *, void: int | tuple[int, ...] = 
 
 
 def read_label_map(path: Path, table: Table, *, expected: tuple[int, int] | None = None) -> Tensor:
-    """Decode a label map, an 8-bit grey or palette PNG, to classes and `VOID`: (H, W) uint8.
+    """Read a label map (8-bit grey or palette PNG) as classes and `VOID`: (H, W) uint8.
 
-    `table` maps ids in the file to classes (see `id_table`); the colours of a palette are ignored.
-    `expected` is the height and width of the image.
+    `table` maps the file's ids to classes (see `id_table`). `expected` is the image's (height,
+    width).
     """
     try:
         with Image.open(path) as file:
@@ -112,13 +112,9 @@ _ADE_FOLDERS = {"train": "training", "val": "validation"}
 class LabelMapSplit:
     """A split of a semantic segmentation dataset: images, each with a label map.
 
-    Attributes:
-        where: File or folder of the split, the prefix of error messages.
-        images: Image files.
-        class_names: C names.
-        label_map: Reads or draws the label map of an image, given the image's index in `images` and
-            its (height, width): (H, W) uint8, classes and `VOID`. Raises a `UserError` if the map
-            is missing, corrupt or of another size.
+    `label_map(index, (height, width))` returns the label map of an image, (H, W) uint8 of classes
+    and `VOID`. It raises a `UserError` if the map is missing, corrupt or of another size. `where`
+    is the file or folder of the split, for error messages.
     """
 
     where: str
@@ -128,7 +124,7 @@ class LabelMapSplit:
 
 
 def coco_label_maps(index: CocoIndex) -> LabelMapSplit:
-    """Open a COCO-format split as label maps: class 0 is background, smaller objects are on top."""
+    """Open a COCO-format split as label maps: 0 is background; smaller objects are drawn on top."""
     images = tuple(index.path(number) for number in range(len(index)))
     names = ("background", *index.class_names)
     return LabelMapSplit(str(index.annotation_file), images, names, partial(_drawn_map, index))
@@ -136,7 +132,7 @@ def coco_label_maps(index: CocoIndex) -> LabelMapSplit:
 
 # A split's `label_map` is a partial of a module-level function because workers receive it pickled.
 def _drawn_map(index: CocoIndex, number: int, size: tuple[int, int]) -> Tensor:
-    """Draw the label map of image `number`; crowds are void."""
+    """Draw the label map of image `number`; crowds become `VOID`."""
     own = index.size_of(number)
     if own != size:
         raise UserError(
@@ -156,9 +152,9 @@ def split_of_files(
     class_names: tuple[str, ...],
     table: Table,
 ) -> LabelMapSplit:
-    """Make a split of (image file, label-map file) pairs; check that all files exist.
+    """Build a split from (image file, label-map file) pairs, after checking that all files exist.
 
-    `where` is the prefix of error messages; `table` maps ids in the files to classes (`id_table`).
+    `where` is the prefix of error messages; for `table` see `id_table`.
     """
     if not pairs:
         raise UserError(f"{where}: empty split: no images")
@@ -168,7 +164,7 @@ def split_of_files(
 
 
 def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
-    """Open the `train`, `val` or `test` split of a published dataset."""
+    """Open a split (`train`, `val` or `test`) of a published dataset."""
     found: Layout = resolve(LAYOUTS, layout, what="layout")
     found.check(root, layout, split)
     opened: LabelMapSplit = found.open(root, split)
@@ -176,7 +172,7 @@ def open_label_maps(layout: str, root: Path, split: str) -> LabelMapSplit:
 
 
 def _camvid(root: Path, split: str) -> LabelMapSplit:
-    """Open `train/*.png` and `trainannot/*.png`; a `train.txt`, if present, lists the images."""
+    """Open CamVid: `train/*.png`, `trainannot/*.png`; an optional `train.txt` lists the images."""
     images, maps, listing = root / split, root / f"{split}annot", root / f"{split}.txt"
     found = images_in(images)
     if listing.is_file():
@@ -191,7 +187,7 @@ def _camvid(root: Path, split: str) -> LabelMapSplit:
 
 
 def _cityscapes(root: Path, split: str) -> LabelMapSplit:
-    """Open `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png`, `gtFine/SPLIT/CITY/*_labelIds.png`."""
+    """Open Cityscapes: `leftImg8bit/SPLIT/*/*_leftImg8bit.png`, `gtFine/SPLIT/*/*_labelIds.png`."""
     images, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
     pairs = []
     for path in sorted(images.glob(f"*/*{end}")):
@@ -205,7 +201,7 @@ def _cityscapes(root: Path, split: str) -> LabelMapSplit:
 
 
 def _ade20k(root: Path, split: str) -> LabelMapSplit:
-    """Open `images/training/*.jpg`, `annotations/training/*.png`: id 0 is void, 1..150 classes."""
+    """Open ADE20K: `images/training/*.jpg`, `annotations/training/*.png`; id 0 is `VOID`."""
     folder = _ADE_FOLDERS[split]
     images = root / "images" / folder
     pairs = [
@@ -217,7 +213,7 @@ def _ade20k(root: Path, split: str) -> LabelMapSplit:
 
 
 def _voc2012(root: Path, split: str) -> LabelMapSplit:
-    """Open the `JPEGImages/*.jpg` and `SegmentationClass/*.png` that the split's .txt lists."""
+    """Open VOC 2012: the `JPEGImages` and `SegmentationClass` files listed in the split's .txt."""
     listing = root / _LISTS / f"{split}.txt"
     names = listing.read_text().split()
     pairs = [
@@ -247,7 +243,7 @@ VOC2012 = Layout(_voc2012, _LISTS, lambda root: [p.stem for p in (root / _LISTS)
 
 
 def _ade_names(root: Path) -> tuple[str, ...]:
-    """First name of each class in `objectInfo150.txt`, or "class N" if there is no such file."""
+    """Read the first name of each class from `objectInfo150.txt`; "class N" if it is missing."""
     listing = root / "objectInfo150.txt"
     if not listing.is_file():
         return tuple(f"class {number}" for number in range(1, 151))

@@ -1,4 +1,4 @@
-"""Splits of published datasets, and random subsets of images chosen by id or name."""
+"""Splits of published datasets, and random subsets of images chosen by hashes of ids or names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.int64] | None:
-    """Choose a fraction of the images, whose labels a student may use: their ids, or None for all.
+    """Choose the ids of the images whose labels a student may use; None if it may use all labels.
 
-    The choice is by a hash of (seed, image id), so the order of images in the file does not matter.
+    The images are chosen by a hash of (seed, image id), independent of their order in the file.
     """
     if fraction >= 1.0:
         return None
@@ -33,7 +33,7 @@ def labelled_images(index: CocoIndex, fraction: float, seed: int) -> NDArray[np.
 def objects_on(
     index: CocoIndex, images: Collection[int] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the objects on images with these ids (None = all), and the image index of each."""
+    """Rows of the objects in images with these ids (None: all), and the image index of each row."""
     owners = np.repeat(np.arange(len(index)), np.diff(index.first))
     rows = np.arange(len(owners))
     if images is not None:
@@ -42,7 +42,7 @@ def objects_on(
 
 
 def fold_of(image_ids: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
-    """Assign each image to a fold, 0..folds-1, by a hash of the image id: (K,)."""
+    """Assign each image to a fold, 0..folds-1, by a hash of its id: (K,)."""
     positions = [_hash_to_unit(f"fold/{i}") for i in image_ids.tolist()]
     return np.minimum((np.array(positions) * folds).astype(np.int64), folds - 1)
 
@@ -53,10 +53,10 @@ def _hash_to_unit(text: str) -> float:
 
 
 def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """Choose the names of the val split of a dataset that has no splits.
+    """Choose image names for the val split of a dataset without published splits.
 
-    Names are ranked by a hash of seed and name, so that adding or removing an image changes the
-    split of at most one other image. With two or more images, neither split is empty.
+    Names are ranked by a hash of (seed, name), so adding or removing an image moves at most one
+    other image between the splits. With two or more images, neither split is empty.
     """
     order = sorted(names, key=lambda name: _hash_to_unit(f"val/{seed}/{name}"))
     count = min(max(1, round(fraction * len(order))), max(1, len(order) - 1))
@@ -67,12 +67,9 @@ def random_split(names: Sequence[str], fraction: float, seed: int) -> set[str]:
 class Layout:
     """A published layout of a dataset's files.
 
-    Attributes:
-        open: Opens a split, given the dataset's folder, the split's name and further options.
-        holds: A relative path that exists in the folder of every dataset in this layout, or a
-            function from a split's name to that path.
-        splits: Lists the names of the splits in a dataset's folder; by default, a random train and
-            val split.
+    `open` opens a split, given the dataset's folder, the split name and further options. `holds` is
+    the relative path that identifies the layout, or a function from a split name to this path.
+    `splits` lists the split names in a dataset's folder: by default train and val, split at random.
     """
 
     open: Callable[..., Any]
@@ -84,7 +81,7 @@ class Layout:
         return self.holds if isinstance(self.holds, str) else self.holds(split)
 
     def check(self, root: Path, layout: str, split: str) -> None:
-        """Check that folder `root` is in this layout, named `layout`, and has the split `split`."""
+        """Raise a UserError unless folder `root` is in this layout and has the split."""
         if not (root / self.known_by(split)).exists():
             raise UserError(
                 f"{root}: no {self.known_by(split)} in it, so it is not the folder of {layout}; "
@@ -96,7 +93,7 @@ class Layout:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the paths of the images in a folder, sorted by name."""
+    """List the image files in a folder, sorted by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -105,12 +102,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """Return the paths of the images in a folder, keyed by file name without suffix."""
+    """Map file names without suffix to the paths of the images in a folder."""
     return {path.stem: path for path in image_files(folder)}
 
 
 def check_files(files: Mapping[str, Sequence[Path]]) -> None:
-    """Check that all files exist; the keys of `files`, e.g. "label map", are for error messages."""
+    """Raise a UserError for missing files; the keys, e.g. "label map", appear in the message."""
     for kind, paths in files.items():
         if missing := [path for path in paths if not path.is_file()]:
             raise UserError(

@@ -1,9 +1,7 @@
-"""Box datasets in published layouts, converted to COCO JSONs on first use.
+"""Convert box datasets in published layouts to COCO JSONs on first use.
 
-The JSON is stored beside the data (`kd.formats.box_annotations`), together with a record,
-`instances_x.made`, of the names, sizes and times of its source files. While these are unchanged,
-the source files are not read again: ten thousand small files on a network disk would take most of a
-minute.
+The JSON is stored beside the data. A second file, `instances_x.made`, records the names, sizes and
+times of the source files, so that later runs can reuse the JSON without reading them.
 """
 
 from __future__ import annotations
@@ -39,20 +37,15 @@ _VERSION = 1  # increase it to rebuild all stored JSONs
 class BoxSplit:
     """A split in a published layout, from which a COCO JSON can be built.
 
-    Attributes:
-        read: Reads the source files; returns the content of the COCO JSON.
-        folder: Folder in whose subfolder `annotations` the JSON is stored.
-        name: The JSON is named `instances_NAME.json`.
-        images: Folder of the images.
-        sources: Files, or folders of files, from whose contents the JSON is built.
-        listed: Folders from whose file names alone the JSON is built.
-        parameters: Other values that the JSON depends on, such as class names.
+    The JSON is stored as `folder/annotations/instances_NAME.json`. `read` builds its content from
+    the contents of `sources` (files, or folders of files), from the file names in the folders
+    `listed`, and from `parameters` such as class names.
     """
 
     read: Callable[[], Json]
     folder: Path
     name: str
-    images: Path
+    images: Path  # folder of the images
     sources: tuple[Path, ...]
     listed: tuple[Path, ...] = ()
     parameters: tuple[str, ...] = ()
@@ -61,14 +54,14 @@ class BoxSplit:
 def coco_split(
     layout: str, root: Path, split: str, classes: Sequence[str] | None = None
 ) -> tuple[Path, Path]:
-    """Return the paths of a split's COCO JSON, built if missing or outdated, and its image folder.
+    """Return a split's COCO JSON, built if missing or outdated, and its image folder.
 
     Args:
         layout: A name in `kd.formats.LAYOUTS`, or `package.module:attribute`.
         root: The dataset's folder; for VOC, `VOCdevkit`.
-        split: Name of the split; for VOC with the folder of the year, such as `VOC2007/trainval`.
-            `+` joins several years, as in `VOC2007/trainval+VOC2012/trainval`.
-        classes: Class names of a custom dataset in VOC's layout; None for VOC's own.
+        split: Name of the split. VOC needs the year's folder (`VOC2007/trainval`), and `+` joins
+            years.
+        classes: Class names of a custom dataset in VOC's layout; None for VOC's classes.
     """
     made = resolve(LAYOUTS, layout, what="layout")
     if is_foreign(layout):
@@ -98,13 +91,13 @@ def _coco_json(split: BoxSplit) -> Path:
 
 
 def _record_of(path: Path, fingerprint: str) -> str:
-    """Content of the record `instances_x.made` of a JSON whose sources have this fingerprint."""
+    """Content of the `.made` record of a JSON built from sources with this fingerprint."""
     status = path.stat()
     return json.dumps({"sources": fingerprint, "size": status.st_size, "time": status.st_mtime_ns})
 
 
 def _fingerprint(split: BoxSplit) -> str:
-    """Hash all inputs of a JSON; a changed file of the same size and time is not noticed."""
+    """Hash the names, sizes and times of all source files, and the parameters."""
     lines = [str(_VERSION), *split.parameters]
     for path in split.sources:
         lines += sorted(_file_states(path))
@@ -115,7 +108,7 @@ def _fingerprint(split: BoxSplit) -> str:
 
 
 def _file_states(path: Path) -> Iterator[str]:
-    """Yield name, size and time of a file or of each file in a folder; nothing if it is missing."""
+    """Yield name, size and time of a file or of each file in a folder; nothing if missing."""
     with contextlib.suppress(OSError):
         if not path.is_dir():
             yield f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"

@@ -1,9 +1,9 @@
-"""Pascal VOC's boxes as a COCO JSON (Everingham et al., 2010, doi:10.1007/s11263-009-0275-4).
+"""Convert Pascal VOC's boxes to COCO JSONs (Everingham et al., doi:10.1007/s11263-009-0275-4).
 
 A year's folder, such as `VOCdevkit/VOC2007`, contains `Annotations/*.xml`, `ImageSets/Main/*.txt`
-and `JPEGImages`. VOC's pixel coordinates are one-based and inclusive: a box from 1 to 16 becomes 0
-to 16 in the JSON, 16 pixels wide. Objects marked as difficult are crowds in the JSON, which
-training skips and `kd.metrics.voc_ap` ignores.
+and `JPEGImages`. VOC's pixel coordinates start at 1 and are inclusive: x from 1 to 16 becomes 0 to
+16 in the JSON. Difficult objects become crowds, which training skips and `kd.metrics.voc_ap`
+ignores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FLAGS = ("difficult", "truncated", "occluded")
 
 @dataclass
 class _Node:
-    """An XML element and the number of the line on which it starts."""
+    """An XML element, with the line number where it starts."""
 
     tag: str
     line: int
@@ -38,15 +38,11 @@ class _Node:
 
 
 def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -> Json:
-    """Convert a split of VOC, or of a custom dataset in VOC's layout, to a COCO JSON.
+    """Convert a split in VOC's layout, maybe of a custom dataset, to the content of a COCO JSON.
 
-    `folder` is a year's folder, such as `VOCdevkit/VOC2007`; `split` is the name of a file in
-    `ImageSets/Main` without its suffix.
-
-    Returns:
-        The content of a COCO JSON with file names as in `JPEGImages`; category ids count from 1 in
-        the order of `classes`. Annotations also have `difficult`, `truncated` and `occluded`, each
-        0 or 1; `iscrowd` equals `difficult`.
+    `folder` is a year's folder, such as `VOCdevkit/VOC2007`. `split` is a file name in
+    `ImageSets/Main` without suffix. Category ids start at 1, in the order of `classes`. Annotations
+    also have `difficult`, `truncated` and `occluded`, each 0 or 1; `iscrowd` equals `difficult`.
     """
     lists = folder / "ImageSets" / "Main"
     where = lists / f"{split}.txt"
@@ -66,14 +62,14 @@ def voc_to_coco(folder: Path, split: str, *, classes: Sequence[str] = CLASSES) -
 
 
 def year_of(folder: Path) -> str:
-    """Year of a folder named `VOC<year>`; the name of any other folder."""
+    """Year of a folder named `VOC<year>`; any other folder's whole name."""
     return folder.absolute().name.removeprefix("VOC")
 
 
 def _add(
     content: CocoContent, path: Path, image_id: int, file_name: str, classes: Sequence[str]
 ) -> None:
-    """Add the image and objects of one XML file."""
+    """Add the image and the objects of one XML file."""
     top = _parse(path)
     if top.tag != "annotation":
         raise UserError(f"{path}:{top.line}: expected <annotation>, got <{top.tag}>")
@@ -96,7 +92,7 @@ def _add(
 
 
 def _corners(entry: _Node, path: Path) -> Corners:
-    """Box of an object in continuous, zero-based coordinates."""
+    """Read an object's box as continuous, zero-based x1, y1, x2, y2."""
     box = _required(entry, "bndbox", path)
     x1, y1, x2, y2 = (_number(box, side, path) for side in ("xmin", "ymin", "xmax", "ymax"))
     if x2 < x1 or y2 < y1:
@@ -135,7 +131,7 @@ def _flag(parent: _Node, tag: str, path: Path) -> int:
 
 
 def _parse(path: Path) -> _Node:
-    """Parse an XML file; unlike `xml.etree`, record the line number of each element."""
+    """Parse an XML file, recording the line number of each element."""
     parser = expat.ParserCreate()
     parser.buffer_text = True
     stack = [_Node("", 0)]
