@@ -178,10 +178,8 @@ def check_stride(stride: float) -> None:
 def windows(size: tuple[int, int], scale: tuple[float, float], stride: float) -> Windows:
     """Slide a window over an image of `size` (height, width).
 
-    Args:
-        size: Height and width of the image.
-        scale: Width and height of the window as fractions of the image's.
-        stride: Largest step between adjacent windows, as a fraction of the window's sides.
+    `scale` is the window's width and height as fractions of the image's. `stride` is the largest
+    step between adjacent windows, as a fraction of the window's sides.
     """
     check_stride(stride)
     sides, starts = [], []

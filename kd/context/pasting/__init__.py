@@ -14,10 +14,10 @@ def _option(default: float, text: str) -> Any:
 
 @dataclass(frozen=True)
 class PasteOptions:
-    """Options of an out-of-context test set, with the command's help; `split` is the source.
+    """Options of `kd.out_of_context make`, with help texts; `split` is the source split.
 
-    The margin is how much likelier than its prior the class must be in the probable scene, and how
-    much less likely in the improbable one.
+    The log-probability of the class exceeds its prior by at least `margin` in the probable scene,
+    and is at least as far below it in the improbable one.
     """
 
     split: Literal["train", "val"] = "val"

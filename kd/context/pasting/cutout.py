@@ -1,11 +1,8 @@
 """Cut objects out of one image and paste them into another without a visible seam.
 
-Four cues give a paste away: a fringe of the old background (the rim takes its colours from the
-object's interior), an edge harder than the image's own (the outline is blurred to match the edges
-of the target scene, and so is the object if the scene is less sharp), light (mean and spread of
-each channel are moved part of the way), and grain (noise is added where the scene has more).
-Nothing is blended *into* the object, as Poisson editing (Perez et al., 2003) does: that would carry
-the new scene's colours into it.
+The object's rim takes its colours from the interior, so that no old background remains. Blur, noise
+and light are matched to the target scene. Poisson editing (Perez et al., 2003) is not used, as it
+would tint the object with the target's colours.
 """
 
 from __future__ import annotations
@@ -23,45 +20,32 @@ Bools = npt.NDArray[np.bool_]
 
 FINE = 4  # supersampling factor of outlines
 REACH = 3  # pixels beyond the outline that a paste may change
-_SOFTEST = 1.0  # pixels, standard deviation; more would reach beyond REACH
+_SOFTEST = 1.0  # largest standard deviation of a blur in pixels; more would exceed REACH
 _OUTLINE_EDGE = 0.29  # edge width of an outline averaged over a pixel: 1 / sqrt(12)
-_RIM_PER_PIXEL = 1 / 320  # of the long side: hand-drawn outlines stray with the image's size
+_RIM_PER_PIXEL = 1 / 320  # of the long side: errors of drawn outlines grow with the image
 _GAIN, _SHIFT, _GRAIN = 0.15, 25.0, 4.0  # largest changes of light and noise
 _FAINT = 0.02  # coverage below this is ignored
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """Low-level statistics of an image, independent of its content.
+    """Low-level statistics of an image, independent of its content."""
 
-    Attributes:
-        mean: (3,) mean of each channel.
-        spread: (3,) standard deviation of each channel.
-        edge: Width of sharp edges, as the standard deviation of a blur in pixels.
-        grain: Standard deviation of the noise.
-    """
-
-    mean: Floats
-    spread: Floats
-    edge: float
-    grain: float
+    mean: Floats  # (3,) mean of each channel
+    spread: Floats  # (3,) standard deviation of each channel
+    edge: float  # width of sharp edges, as the standard deviation of a blur in pixels
+    grain: float  # standard deviation of the noise
 
 
 @dataclass(frozen=True, eq=False)
 class Cutout:
-    """An object without its surroundings.
+    """An object cut out of its image."""
 
-    Attributes:
-        colours: (h, w, 3) 0..255; outside the interior, the colour of the nearest interior pixel.
-        cover: (h, w) fraction of each pixel that the object covers.
-        corner: x, y of the upper left pixel in the source image.
-        stats: Statistics of the source image.
-    """
-
+    # (h, w, 3) 0..255; pixels outside the interior have the colour of the nearest interior pixel
     colours: Floats
-    cover: Floats
-    corner: tuple[int, int]
-    stats: ImageStats
+    cover: Floats  # (h, w) fraction of each pixel that the object covers
+    corner: tuple[int, int]  # x, y of the upper left pixel in the source image
+    stats: ImageStats  # statistics of the source image
 
 
 def measure_image(image: Bytes) -> ImageStats:
@@ -83,14 +67,14 @@ def measure_image(image: Bytes) -> ImageStats:
 
 
 def coverage(fine: Bools) -> Floats:
-    """Downsample an outline drawn `FINE` times larger to the fraction covered, (H, W) in 0..1."""
+    """Downsample a mask drawn at `FINE` times the size to pixel coverage, (H, W) in 0..1."""
     height, width = (side // FINE for side in fine.shape)
     blocks = fine.reshape(height, FINE, width, FINE)
     return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
 
 
 def cut_out(image: Bytes, cover: Floats, stats: ImageStats) -> Cutout:
-    """Cut an object out of an image (H, W, 3) where `cover` (H, W), 0..1, is not 0."""
+    """Cut an object out of an image (H, W, 3), given its pixel coverage (H, W) in 0..1."""
     rows, columns = (np.flatnonzero(cover.any(axis=axis)) for axis in (1, 0))
     top, left = max(rows[0] - REACH, 0), max(columns[0] - REACH, 0)
     part = np.s_[top : rows[-1] + 1 + REACH, left : columns[-1] + 1 + REACH]
@@ -101,9 +85,9 @@ def cut_out(image: Bytes, cover: Floats, stats: ImageStats) -> Cutout:
 
 
 def interior(cover: Floats, rim: int) -> Bools:
-    """Fully covered pixels at least `rim` pixels from the outline, bool.
+    """Return a mask of the fully covered pixels at least `rim` pixels from the outline.
 
-    Falls back to the pixels covered most where the object is too thin to have any.
+    If the object is too thin to have such pixels, the most covered pixels are returned.
     """
     whole = cover >= min(float(cover.max()), 0.999)
     eroded = ndimage.binary_erosion(whole, iterations=rim) if rim else whole
@@ -119,15 +103,15 @@ def paste(
     harmony: float = 0.3,
     random: np.random.Generator | None = None,
 ) -> Bytes:
-    """Paste an object into a copy of an image, which changes only within `REACH` pixels of it.
+    """Paste an object into a copy of an image; pixels more than `REACH` from it are unchanged.
 
     Args:
         image: (H, W, 3).
-        stats: Statistics of the image.
+        stats: Statistics of `image`.
         cutout: The object.
-        shift: x, y in pixels from its source to its target, which must lie inside the image.
-        harmony: How far its light is moved towards the image's, 0..1.
-        random: Source of the grain; None adds none.
+        shift: x, y in pixels from source to target position, which must be inside the image.
+        harmony: Strength in 0..1 with which the object's light is matched to the image's.
+        random: Generator for noise; None adds no noise.
     """
     colours = harmonise(cutout.colours, cutout.stats, stats, harmony)
     if blur := extra_spread(cutout.stats.edge, stats.edge, _SOFTEST):
@@ -144,19 +128,19 @@ def paste(
 
 
 def soften(cover: Floats, edge: float) -> Floats:
-    """Blur the outline to the given edge width, within `REACH` pixels."""
+    """Blur an object's coverage to the given edge width, within `REACH` pixels."""
     width = extra_spread(_OUTLINE_EDGE, edge, _SOFTEST)
     soft = ndimage.gaussian_filter(cover, width, mode="constant", radius=REACH) if width else cover
     return np.where(soft < _FAINT, 0, soft).astype(np.float32)
 
 
 def extra_spread(current: float, target: float, most: float) -> float:
-    """Standard deviation to add in quadrature to reach `target`, 0 if already reached."""
+    """Standard deviation to add in quadrature to reach `target`, between 0 and `most`."""
     return min(float(np.sqrt(max(0.0, target**2 - current**2))), most)
 
 
 def harmonise(colours: Floats, source: ImageStats, target: ImageStats, harmony: float) -> Floats:
-    """Move colours part of the way from the light of one image to that of another."""
+    """Move colours towards the light of the target image, by a fraction `harmony` in 0..1."""
     gain = (np.maximum(target.spread, 1) / np.maximum(source.spread, 1)) ** harmony
     gain = np.clip(gain, 1 - _GAIN, 1 + _GAIN)
     shift = np.clip(harmony * (target.mean - source.mean), -_SHIFT, _SHIFT)

@@ -1,4 +1,4 @@
-"""Build, open and inspect out-of-context test sets."""
+"""Create, open and inspect out-of-context datasets."""
 
 from __future__ import annotations
 
@@ -47,12 +47,9 @@ _DRAWN = 6  # pairs in the figure
 
 
 def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str, Any]:
-    """Choose pairs, write the three datasets and draw examples; `out` appears only when complete.
+    """Choose pairs, write the three datasets and a figure; return what `out_of_context.json` has.
 
-    Returns the content of `out_of_context.json`.
-
-    Raises:
-        UserError: `out` is not empty, no object has an outline, or too few pairs exist.
+    `out` is created only when complete.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --out or delete it")
@@ -88,7 +85,7 @@ def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str,
 def _rows_to_cut(
     index: CocoIndex, data: ObjectScenes, options: PasteOptions, random: np.random.Generator
 ) -> Ints:
-    """Whole objects with an outline, interleaved by class."""
+    """Choose annotation rows of whole objects with an outline, alternating between classes."""
     rows = np.arange(len(index.object_ids))
     with_outline = np.array([has_outline(index, row) for row in rows.tolist()], np.bool_)
     if not with_outline.any():
@@ -117,7 +114,7 @@ def _rows_to_cut(
 
 
 def cooccurrence_score(model: NaiveBayes, index: CocoIndex, log_prior: Floats) -> Score:
-    """Build the score of placements: log p(class | scene) - log p(class), by co-occurrence."""
+    """Build a function that scores placements by log p(class | scene) - log p(class)."""
 
     def score(image: int, classes: Ints, boxes: Floats) -> Floats:
         rows = index.rows_of(image)
@@ -125,7 +122,7 @@ def cooccurrence_score(model: NaiveBayes, index: CocoIndex, log_prior: Floats) -
         count, total = len(there), len(there) + len(boxes)
         sides = np.tile([index.widths[image], index.heights[image]], 2).astype(np.float64)
         placed = np.concatenate([index.boxes[rows], boxes]) / sides
-        # Pasted objects are input without a class, so that all can be queried at once.
+        # Pasted objects are given without a class, so that all can be queried at once.
         labels = torch.full((total,), -1)
         labels[:count] = torch.from_numpy(there)
         objects = Objects(
@@ -169,7 +166,7 @@ def open_set(folder: Path, name: str, categories_from: CocoIndex | None = None) 
     """Open the dataset `in`, `out` or `original` in a folder that `make_sets` wrote.
 
     Raises:
-        UserError: Another folder, or categories other than those of `categories_from`.
+        UserError: Not such a folder, or its categories differ from those of `categories_from`.
     """
     if not (folder / METADATA).is_file():
         raise UserError(
@@ -181,7 +178,7 @@ def open_set(folder: Path, name: str, categories_from: CocoIndex | None = None) 
 
 
 def source_photos(folder: Path) -> dict[int, int]:
-    """Map object id to source photograph, the clusters of the bootstrap."""
+    """Map object ids to image ids of source photographs, the clusters of the bootstrap."""
     return {key: int(paste["source_image"]) for key, paste in _pastes(folder, "in").items()}
 
 
@@ -191,7 +188,7 @@ def _pastes(folder: Path, name: str) -> dict[int, dict[str, Any]]:
 
 
 def check_seams(folder: Path) -> Iterator[str]:
-    """Report the seam AUC of each pair of datasets, from the ring alone and given the outline."""
+    """Yield report lines with the seam AUC of each pair of datasets."""
     found = {name: outline_features(open_set(folder, name)) for name in SETS}
     sources = source_photos(folder)
     groups = np.array([sources[int(key)] for key in found["in"][0]], np.int64)
@@ -207,7 +204,7 @@ def check_seams(folder: Path) -> Iterator[str]:
 
 
 def pairs_figure(folder: Path) -> Figure:
-    """Draw the first objects in their own photograph, in the probable and the improbable scene."""
+    """Draw the first objects in their source photograph, probable scene and improbable scene."""
     sets = {name: open_set(folder, name) for name in ("original", "in", "out")}
     lifts = {
         (name, key): paste["log_lift"]

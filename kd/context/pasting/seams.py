@@ -1,10 +1,7 @@
-"""Measure whether seams give pastes away: classify outlines by edge statistics.
+"""Measure whether seams reveal pastes, by the ROC AUC of a classifier; 0.5 if they do not.
 
-The classifier is a logistic regression on slopes, sharpness and grain around an object's outline
-relative to the whole image. It sees neither class nor scene. One variant sees the ring around the
-outline; the other is also given the outline, which reveals real objects by the imprecision of
-hand-drawn outlines: a paste's edge follows its outline to the pixel. An area under the ROC curve of
-0.5 means the two are indistinguishable.
+The classifier is a logistic regression on gradients, sharpness and noise around an object's
+outline. If it is also given the outline, it recognizes real objects by imprecise annotation.
 """
 
 from __future__ import annotations
@@ -32,17 +29,17 @@ _GRAIN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float64)
 
 
 class SeamAUC(NamedTuple):
-    """Area under the ROC curve and its standard error (Hanley and McNeil, 1982)."""
+    """ROC AUC and its standard error (Hanley and McNeil, 1982)."""
 
     auc: float
     error: float
 
 
 def seam_features(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
-    """Describe the edge of an object, `mask` (H, W), relative to its image (H, W, 3): (F,).
+    """Describe the edge of an object, given its image (H, W, 3) and mask (H, W): (F,).
 
-    The first `RING` features describe the whole ring around the outline, the others describe
-    narrow bands that follow the outline.
+    The first `RING` features describe the whole ring around the outline. The others describe narrow
+    bands along the outline.
     """
     pixels = image.astype(np.float64)
     grey = pixels.mean(axis=2)
@@ -70,7 +67,7 @@ def _log(values: Floats) -> Floats:
 
 
 def outline_features(index: CocoIndex) -> tuple[Ints, Floats]:
-    """Ids of the scored objects, ascending, and the features of their outlines (K, F)."""
+    """Return the ids of the scored objects, ascending, and their outline features (K, F)."""
     rows_scored = np.ones(len(index.object_ids), np.bool_) if index.scored is None else index.scored
     rows = np.flatnonzero(rows_scored)
     rows = rows[np.argsort(index.object_ids[rows])]
@@ -84,12 +81,10 @@ def outline_features(index: CocoIndex) -> tuple[Ints, Floats]:
 
 
 def separability(first: Floats, second: Floats, groups: Ints) -> SeamAUC:
-    """Cross-validated ROC AUC of a classifier that separates two sets of outlines.
+    """Compute the cross-validated ROC AUC of a classifier that separates two sets of outlines.
 
-    Args:
-        first: (K, F) features.
-        second: (K, F), of the same objects row by row.
-        groups: (K,) source photographs; none is in both the training and the test fold.
+    Rows of `first` (K, F) and `second` (K, F) are features of the same object. `groups` (K,) are
+    source photographs, each of which is in one fold only.
     """
     features = np.concatenate([first, second])
     truth = np.repeat([0.0, 1.0], [len(first), len(second)])
@@ -123,7 +118,7 @@ def _fit(features: Floats, truth: Floats) -> Floats:
 
 
 def area_under_roc(scores: Floats, truth: Floats) -> SeamAUC:
-    """Probability that a positive (`truth` 1) scores above a negative, counting ties as half."""
+    """Compute the ROC AUC of scores for `truth` (0 or 1), counting ties as half."""
     ranks = stats.rankdata(scores)
     positive, negative = float(truth.sum()), float((1 - truth).sum())
     auc = (ranks[truth == 1].sum() - positive * (positive + 1) / 2) / (positive * negative)

@@ -1,8 +1,7 @@
 """Write pairs of pastes as three COCO-format datasets: `in`, `out` and `original`.
 
-Image k of each dataset shows object k: pasted into a scene where it is probable, pasted into one
-where it is not, and unpasted in its source photograph. Object k has id k everywhere and is the only
-one that is scored; the other objects of the scene have `"scored": false` and serve as context.
+Image k of each dataset shows the object with id k: in a probable scene, an improbable scene, or its
+source photograph. Other objects have `"scored": false` and serve as context.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ _QUALITY = 95
 _LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 
 
-# A finished image (H, W, 3), its JSON entry and those of its objects, the scored one first.
+# An image (H, W, 3), its JSON entry and its objects' JSON entries, the scored one first.
 Pasted = tuple[Bytes, Json, list[Json]]
 
 
 class Paster:
-    """Composes the images and annotations of pairs; `harmony` is an option of `cutout.paste`."""
+    """Creates the images and annotations of pairs; `harmony` is an option of `cutout.paste`."""
 
     def __init__(
         self, index: CocoIndex, log_prior: npt.NDArray[np.float64], *, harmony: float, seed: int
@@ -55,7 +54,7 @@ class Paster:
         self._stats = lru_cache(maxsize=None)(lambda *key: measure_image(self._read(*key)))
 
     def original(self, number: int, pair: Pair) -> Pasted:
-        """Return object `pair.row` in its own photograph; image and object get the id `number`."""
+        """Return object `pair.row` in its source photograph; image and object get id `number`."""
         index = self.index
         image, own = index.image_of(pair.row), int(index.object_ids[pair.row])
         scored = {**self.entries[own], "id": number, "image_id": number, "scored": True}
@@ -63,7 +62,7 @@ class Paster:
         return self._finished(number, image, self._read(image, None), scored, others)
 
     def pasted(self, number: int, pair: Pair, place: Placement) -> Pasted:
-        """Return object `pair.row` pasted into another scene."""
+        """Return object `pair.row` pasted into a scene; image and object get id `number`."""
         index, source = self.index, self.index.image_of(pair.row)
         scale = scale_between(index, source, place.image)
         cutout = self._cut(pair.row, scale)
@@ -111,7 +110,7 @@ class Paster:
         return self.of_image[int(self.index.image_ids[image])]
 
     def _cut(self, row: int, scale: float) -> Cutout:
-        """Scale the object's image and cut the object out; its outline is drawn at the new size."""
+        """Scale an object's image and cut the object out, with its outline drawn at that scale."""
         source = self.index.image_of(row)
         pixels = self._read(source, scale)
         height, width = pixels.shape[:2]
@@ -127,7 +126,7 @@ class Paster:
 
 
 def covered_pixels(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]) -> Bools:
-    """Pixels of a scene that are at least half covered by a paste, bool (H, W)."""
+    """Return a mask (H, W) of the scene's pixels that a paste covers at least by half."""
     mask = np.zeros(size, np.bool_)
     x, y = cutout.corner[0] + shift[0], cutout.corner[1] + shift[1]
     height, width = cutout.cover.shape
@@ -136,7 +135,7 @@ def covered_pixels(cutout: Cutout, shift: tuple[int, int], size: tuple[int, int]
 
 
 def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bools) -> Json:
-    """Scale and shift an annotation; run lengths are replaced by those of `mask`."""
+    """Scale and shift an annotation; an RLE is replaced by that of `mask`."""
     x, y, width, height = (value * scale for value in entry["bbox"])
     moved = {**entry, "bbox": [x + shift[0], y + shift[1], width, height], "iscrowd": 0}
     segment = entry.get("segmentation")
@@ -153,7 +152,7 @@ def moved_annotation(entry: Json, scale: float, shift: tuple[int, int], mask: Bo
 
 
 def occluded(entry: Json, mask: Bools) -> Json | None:
-    """Clip an annotation to what a paste leaves visible; None if nothing is."""
+    """Clip an annotation to what a paste leaves visible; None if no pixel is left."""
     segment = entry.get("segmentation")
     if not segment:
         return entry
