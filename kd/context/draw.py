@@ -1,4 +1,4 @@
-"""Figures of a teacher's predictions: classes behind regions, and heat maps of classes."""
+"""Draw a teacher's predictions: classes behind regions, and heat maps of classes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def regions_figure(
     prior: NDArray[np.float64] | None = None,
     top: int = 10,
 ) -> Figure:
-    """Draw a row for each region: its outline, the teacher's input and the likeliest classes.
+    """Draw a row for each region: its outline, the teacher's input and the most probable classes.
 
     Args:
         photo: (3, H, W) uint8.
-        regions: In pixels of `photo`.
+        regions: Regions in pixels of `photo`.
         inputs: For each region, the image (3, h, w) uint8 and the hidden pixels (h, w) bool.
         beliefs: (C,) probabilities for each region.
         names: C class names.
-        objects: For each region, class and box of the other objects that are input as well.
-        prior: (C,) fractions of the classes among all objects, marked in the bars.
+        objects: For each region, class and box of the objects given to the teacher.
+        prior: (C,) class fractions among all objects, marked in the bars.
         top: Number of bars.
     """
     height, width = photo.shape[1], photo.shape[2]
@@ -77,14 +77,14 @@ def heat_figure(
     sides: Sequence[tuple[float, float]],
     prior: float | None = None,
 ) -> Figure:
-    """Draw a photograph and, over it, where a class is expected.
+    """Draw a photograph and, beside it, a heat map of where class `name` is expected.
 
     Args:
         photo: (3, H, W) uint8.
-        values: (h, w) probabilities over all of it.
-        name: The class.
-        peak: x, y of the likeliest place, pixels of `photo`.
-        sides: Width and height of the regions that were hidden, drawn around the peak.
+        values: (h, w) probabilities over the whole photograph.
+        name: Class name.
+        peak: x, y of the most probable position, in pixels of `photo`.
+        sides: Width and height of the hidden regions, drawn around the peak.
         prior: The class's fraction of all objects, marked on the colour bar.
     """
     height, width = int(photo.shape[1]), int(photo.shape[2])
@@ -95,7 +95,7 @@ def heat_figure(
     pixels = _displayed(photo)
     _photograph(plain, pixels, (height, width))
     plain.set_title("the photograph", fontsize=9)
-    # The photograph below is grey, so that all colours are the map's.
+    # The photograph below is grey, so that all colours come from the map.
     grey = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2) / 255
     _photograph(hot, 0.25 + 0.75 * grey, (height, width))
     heat = 100 * values.detach().float().cpu().numpy()
@@ -119,7 +119,7 @@ def heat_figure(
 def _colour_bar(
     figure: Figure, beside: Axes, colours: ScalarMappable, name: str, prior: float | None
 ) -> None:
-    """Draw an opaque colour bar, as high as the image beside it."""
+    """Draw an opaque colour bar of the same height as the image beside it."""
     place = beside.inset_axes((1.02, 0.0, 0.03, 1.0))
     scale = figure.colorbar(colours, cax=place, format="%.3g %%")
     scale.ax.tick_params(labelsize=7, length=2)
@@ -132,20 +132,20 @@ def _colour_bar(
 
 
 def _photograph(axes: Axes, pixels: NDArray[Any], size: tuple[int, int]) -> None:
-    """Draw pixels of any resolution in the coordinates of an image of `size` = (height, width)."""
+    """Draw pixels of any resolution in the coordinates of an image of `size` (height, width)."""
     axes.imshow(pixels, extent=(0, size[1], size[0], 0), interpolation="antialiased")
     axes.set_anchor("N")
     axes.set_axis_off()
 
 
 def _outline(axes: Axes, region: Region) -> None:
-    """Draw the edge of a region, readable on light and dark."""
+    """Draw the edge of a region, visible on light and dark images."""
     x1, y1, x2, y2 = region.box
     for colour, thickness in (("black", 3.2), (ORANGE, 1.8)):
         if region.mask is None:
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour,
                                      linewidth=thickness, clip_on=False))  # fmt: skip
-        else:  # a border of 0 closes contours that end at the image's
+        else:  # padding with 0 closes contours that touch the image border
             height, width = region.mask.shape
             padded = np.pad(region.mask.astype(np.float32), 1)
             places = np.arange(-1, width + 1) + 0.5, np.arange(-1, height + 1) + 0.5
@@ -171,7 +171,7 @@ def _teacher_input(
 
 
 def _displayed(photo: Tensor) -> NDArray[Any]:
-    """The pixels of a photograph (H, W, 3), scaled down for a figure."""
+    """Scale a photograph down for a figure, (H, W, 3)."""
     height, width = photo.shape[1], photo.shape[2]
     small = resize(photo, scaled_size(height, width, min(_PHOTO_SIZE, max(height, width))))
     pixels: NDArray[Any] = small.permute(1, 2, 0).cpu().numpy()

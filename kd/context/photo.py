@@ -1,4 +1,4 @@
-"""Read a user's own images at full size and at a model's, upright, with their known objects."""
+"""Read a user's images and their annotated objects."""
 
 from __future__ import annotations
 
@@ -20,21 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """A decoded image.
-
-    Attributes:
-        path: Its file.
-        pixels: (3, H, W) uint8 RGB.
-        scaled: (3, h, w), the image decoded at a model's image size.
-        boxes: (M, 4) known objects, xyxy in pixels of `pixels`.
-        labels: (M,) int64, -1 for a class that the model does not know.
-    """
+    """An image at full and at the model's resolution, with its annotated objects."""
 
     path: Path
-    pixels: Tensor
-    scaled: Tensor
-    boxes: Tensor
-    labels: Tensor
+    pixels: Tensor  # (3, H, W) uint8 RGB
+    scaled: Tensor  # (3, h, w), decoded at the model's image size
+    boxes: Tensor  # (M, 4) annotated objects, xyxy in pixels of `pixels`
+    labels: Tensor  # (M,) int64, -1 for a class unknown to the model
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,14 +35,9 @@ class Photograph:
 
 
 class KnownObjects:
-    """Looks up the objects of images in a COCO file, by the images' file names.
+    """Finds the objects of images in a COCO instances JSON, by file name of the images.
 
-    Args:
-        file: COCO instances JSON; its images need not exist.
-        names: The model's class names, to which the file's are matched.
-
-    Raises:
-        UserError: The file cannot be read, or shares no class with the model.
+    `names` are the model's classes, matched by name. The images in the JSON need not exist.
     """
 
     def __init__(self, file: Path, names: Sequence[str]) -> None:
@@ -69,7 +56,7 @@ class KnownObjects:
             self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
 
     def row(self, path: Path) -> int | None:
-        """Position of an image in the index; among equal names, the one in the same folders."""
+        """Return the index of an image; the folder names decide between files of the same name."""
         found = self.rows.get(path.name, [])
         whole = "/" + path.resolve().as_posix()
         close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]
@@ -82,18 +69,10 @@ class KnownObjects:
 
 
 def open_photograph(path: Path, size: int, known: KnownObjects | None = None) -> Photograph:
-    """Read an image, rotated as its EXIF orientation says.
+    """Read an image at full size and with long side `size`, rotated by its EXIF orientation.
 
-    Boxes of a COCO file usually belong to the pixels as stored: if the stored size is the file's,
-    the image is not rotated.
-
-    Args:
-        path: JPEG, PNG, or another format that Pillow reads.
-        size: Long side of the model's images.
-        known: Known objects of images.
-
-    Raises:
-        UserError: The image cannot be read, or its size is not the COCO file's.
+    COCO boxes usually refer to pixels as stored. If the stored size is the size in the JSON, the
+    image is not rotated.
     """
     row = None if known is None else known.row(path)
     upright, expected = True, None

@@ -1,4 +1,4 @@
-"""Query a trained context teacher about any region of any image, as in evaluation."""
+"""Query a trained context teacher about any region of any image."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from kd.transforms.augment import pad
 from kd.transforms.hide import hidden_regions, regions_of
 from kd.utils.images import grey_image, scaled_size
 
-# Largest number of outputs of one pass, such as K * C * S * S pixel logits: half a gigabyte as
-# float32, and as much again for decoding.
+# Largest number of outputs of one pass, such as K * C * S * S pixel logits: 512 MB as float32, and
+# as much again for decoding.
 MOST_OUTPUTS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Question:
-    """Regions to query in one image, which is scaled and padded for the teacher.
+    """Regions to query in one image, which is then scaled and padded for the teacher.
 
     Attributes:
-        image: (3, H, W) uint8 RGB, any size. A large JPEG decoded by `read_image` at the teacher's
-            image size has the very pixels that it would have in a dataset.
-        boxes: (M, 4) xyxy pixels of that image: all known objects and the queried regions.
+        image: (3, H, W) uint8 RGB, any size. `read_image` at the teacher's image size decodes it to
+            the same pixels as in a dataset.
+        boxes: (M, 4) xyxy pixels of the annotated objects and the queried regions.
         labels: (M,) int64, -1 for queried regions and objects of unknown class.
-        hidden: (K,) int64, indices of the queried regions among the M, each hidden by itself.
-        masks: (K, H, W) bool, exact regions instead of the boxes; where empty, the box counts.
+        hidden: (K,) int64, box indices of the queried regions; each is hidden separately.
+        masks: (K, H, W) bool, exact regions. For an empty mask, the box is used.
     """
 
     image: Tensor
@@ -54,19 +54,19 @@ def expectations(
     model: nn.Module | None = None,
     most_inputs: int = 64,
 ) -> Iterator[Tensor]:
-    """Predict the class in each region.
+    """Predict the class in each queried region.
 
-    Images are scaled and padded as in evaluation; consecutive questions share a pass if they fit.
+    Consecutive questions share a forward pass if they fit.
 
     Args:
-        teacher: Its image size, task and, by default, model are used.
+        teacher: Provides the image size, the task and, by default, the model.
         questions: Read lazily, at most one pass ahead.
-        device: The model is moved there.
-        model: Used instead of the teacher's own, such as a fold's.
-        most_inputs: Largest number of regions in one pass; fewer if pixel-wise outputs are large.
+        device: Device to which the model is moved.
+        model: Replaces the teacher's model, for example by a fold model.
+        most_inputs: Largest number of regions per pass; fewer if pixel-wise outputs are large.
 
     Yields:
-        Log-probabilities (K, C), float32 on the CPU, for each question, in order.
+        Log-probabilities (K, C), float32 on the CPU, for each question in order.
     """
     task, size = context_task(teacher), hidden_objects(teacher).size
     most_inputs = max(1, min(most_inputs, MOST_OUTPUTS // task.outputs_per_region(size)))
@@ -99,7 +99,7 @@ def _fits(sample: Sample, others: Sequence[Sample], most: int) -> bool:
 def _predict(
     teacher: TrainedTeacher, model: nn.Module, samples: Sequence[Sample], device: torch.device
 ) -> Tensor:
-    """Log-probabilities of all hidden regions of some samples, in order, from one pass."""
+    """Compute log-probabilities of all hidden regions of some samples in one forward pass."""
     channels_last = teacher.recipe.train.channels_last
     batch = to_device(collate(samples), device, channels_last=channels_last)
     task = teacher.task
@@ -109,7 +109,7 @@ def _predict(
 
 
 def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator[Sample]:
-    """Samples (docs/batch.md) of at most `most` hidden regions each."""
+    """Yield samples (docs/batch.md) of at most `most` hidden regions each."""
     data = hidden_objects(teacher)
     size = data.size
     height, width = question.image.shape[1:]
@@ -129,7 +129,7 @@ def _samples(question: Question, teacher: TrainedTeacher, most: int) -> Iterator
 
 
 def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size: int) -> Tensor:
-    """Masks in the padded image, (K, S, S) bool; boxes where there is no mask or it is empty."""
+    """Return masks in the padded image, (K, S, S) bool; boxes replace missing or empty masks."""
     drawn = hidden_regions(boxes, (size, size))
     if masks is None:
         return drawn
@@ -139,7 +139,7 @@ def _segments(masks: Tensor | None, boxes: Tensor, scaled: tuple[int, int], size
 
 
 def scale_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize masks (K, H, W) bool: a pixel takes the value at its centre, as for boxes."""
+    """Resize masks (K, H, W) bool; a pixel takes the value at its centre."""
     if tuple(masks.shape[1:]) == size:
         return masks
     return F.interpolate(masks[None].to(torch.uint8), size=size, mode="nearest-exact")[0].bool()
@@ -149,8 +149,8 @@ def teacher_input(teacher: TrainedTeacher, question: Question) -> tuple[Tensor, 
     """Return the teacher's input without padding.
 
     Returns:
-        The image (3, h, w) uint8 before anything is hidden, grey if the teacher reads none, and the
-        pixels that each region hides, (K, h, w) bool.
+        Image (3, h, w) uint8 before anything is hidden, grey if the teacher does not read images;
+        and the pixels that each region hides, (K, h, w) bool.
     """
     shape = getattr(teacher.task, "shape", "box")
     (sample,) = _samples(question, teacher, len(question.hidden))

@@ -1,4 +1,4 @@
-"""Report AP before and after rescoring, by class, and over the strength of context."""
+"""Report AP before and after rescoring: overall, by class and by strength of context."""
 
 from __future__ import annotations
 
@@ -23,25 +23,17 @@ _LISTED = 5  # classes that gained most, and as many that lost most
 
 @dataclass(frozen=True)
 class Change:
-    """AP before and after rescoring, with the 95 % interval of the difference over images.
+    """AP before and after rescoring, with the 95 % bootstrap interval of the difference."""
 
-    Attributes:
-        name: One of COCO's numbers, or a class.
-        before: With the detector's scores.
-        after: With the new scores.
-        difference: `after` - `before`.
-        support: Number of objects of a class.
-    """
-
-    name: str
+    name: str  # COCO metric or class
     before: float
     after: float
     difference: Interval
-    support: int | None = None
+    support: int | None = None  # number of objects of a class
 
     @property
     def row(self) -> Row:
-        """Cells of a table."""
+        """Table cells: name, before, after, difference."""
         name = self.name if self.support is None else f"  {self.name} ({self.support})"
         cells = _AP.text(self.before), _AP.text(self.after), _AP.change(self.difference)
         return name, *cells
@@ -50,10 +42,10 @@ class Change:
 def changes_of(
     meter: MeanAP, before: Floats, after: Floats, names: Sequence[str], samples: int
 ) -> tuple[list[Change], list[Change]]:
-    """Evaluate two sets of scores (D,) by a paired bootstrap of `samples` resamples of the images.
+    """Compare two sets of scores (D,) by a paired bootstrap of `samples` resamples of the images.
 
     Returns:
-        COCO's numbers, and the AP of the classes with objects, the largest gain first.
+        Changes of COCO metrics, and of the AP of each class with objects, largest gain first.
     """
     images = meter.images
     generator = np.random.default_rng(0)
@@ -83,7 +75,7 @@ def changes_of(
 
 
 def changes_json(overall: Sequence[Change], classes: Sequence[Change]) -> dict[str, Any]:
-    """Values for JSON."""
+    """Convert changes to JSON values."""
     return {
         "before": {one.name: one.before for one in overall},
         "after": {one.name: one.after for one in overall},
@@ -104,7 +96,7 @@ def changes_json(overall: Sequence[Change], classes: Sequence[Change]) -> dict[s
 def change_table(
     overall: Sequence[Change], classes: Sequence[Change], title: str, notes: Sequence[str]
 ) -> Table:
-    """Tabulate AP, then the classes that gained and lost most."""
+    """Tabulate AP overall and of the classes with the largest gains and losses."""
     gained = [one for one in classes if one.difference.mean > 0][:_LISTED]
     lost = [one for one in reversed(classes) if one.difference.mean < 0][:_LISTED]
     return Table(
@@ -116,7 +108,7 @@ def change_table(
 
 
 def curves_of(meter: MeanAP, known: Evidence, fitted: Sequence[Setting]) -> dict[str, list[float]]:
-    """AP on all images at the strengths `CURVE`, by rule: plain, competing, and those fitted."""
+    """Compute AP on all images at the strengths in `CURVE`, for each rule."""
     alones = dict.fromkeys([None, 0.0, *(setting.alone for setting in fitted)])
     return {
         rule_name(alone): [
@@ -128,14 +120,14 @@ def curves_of(meter: MeanAP, known: Evidence, fitted: Sequence[Setting]) -> dict
 
 
 def rule_name(alone: float | None) -> str:
-    """Name in tables and figures of the rescoring rule with this `alone`, see `Setting`."""
+    """Name the rescoring rule in tables and figures; for `alone`, see `Setting`."""
     return "plain" if alone is None else f"competing, b = {alone:g}"
 
 
 def curve_figure(
     curves: Mapping[str, Sequence[float]], fitted: Sequence[Setting], title: str
 ) -> Figure:
-    """Draw AP over `CURVE` by rule, and a mark at each setting fitted by the folds."""
+    """Draw AP over `CURVE` for each rule, and mark the fitted settings."""
     figure, axes = new_figure(5.8, 3.8)
     base = 100 * next(iter(curves.values()))[0]
     axes.axhline(base, color=GREY, linewidth=0.9, linestyle="--", label="without context (a = 0)")
