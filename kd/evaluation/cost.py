@@ -1,4 +1,4 @@
-"""Measured cost of networks on this device, and the accuracy of their runs: table and figure."""
+"""Measure the cost of networks on this device; tabulate and plot it with their accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kd.runs.setup import count_parameters
 
 PLAIN, TEACHER = "plain", "teacher"
 KINDS = (PLAIN, "distilled", TEACHER)
-_SHAPES = "osD^"  # of students, one after another where there are more than colours
+_SHAPES = "osD^"  # marker shapes of students; the next shape is used once all colours are used
 _PANELS = {
     "parameters": "parameters",
     "multiply_adds": "multiply-adds per image",
@@ -38,44 +38,27 @@ _PANELS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured cost of a trained network, and the accuracy of its runs.
+    """Cost of a network, measured on this device, and the accuracy of its runs."""
 
-    Attributes:
-        name: The network; equal for the plain and the distilled runs of a student.
-        variant: Variant of the runs, `teacher` for a teacher.
-        mean_iou: In 0..1, mean over seeds.
-        parameters: Number of parameters.
-        multiply_adds: Per image.
-        latency: Milliseconds per image.
-        sides: Height and width of the image.
-        device: Device of the latency, with its number of threads.
-    """
-
-    name: str
-    variant: str
-    mean_iou: float
+    name: str  # equal for plain and distilled runs of a student
+    variant: str  # `teacher` for a teacher
+    mean_iou: float  # 0..1, mean over seeds
     parameters: int
-    multiply_adds: int
-    latency: float
-    sides: tuple[int, int]
-    device: str
+    multiply_adds: int  # per image
+    latency: float  # milliseconds per image
+    sides: tuple[int, int]  # height and width of the image
+    device: str  # where latency was measured, with the number of CPU threads
 
     @property
     def kind(self) -> str:
-        """Kind of model, one of `KINDS`: teacher, plain, or any distilled variant."""
+        """One of `KINDS`: teacher, plain, or distilled (any other variant)."""
         return self.variant if self.variant in (PLAIN, TEACHER) else "distilled"
 
 
 def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> list[Cost]:
-    """Measure the networks of finished runs on images of their evaluation's size.
+    """Measure the networks of finished runs at the image size of their evaluation.
 
-    Args:
-        distillations: Each variant has the mean over its seeds.
-        singles: Teachers or single variants.
-
-    Raises:
-        UserError: A run does not predict label maps, runs have predictions on different images, or
-            a dataset is missing.
+    Accuracy is the mean over seeds for `distillations`. `singles` are teachers or single variants.
     """
     trained: list[tuple[Path, str, Sequence[Run]]] = [
         (one.folder, variant, runs)
@@ -110,15 +93,15 @@ def measured(distillations: Sequence[DistillRuns], singles: Sequence[Run]) -> li
 
 
 def _model(config: dict[str, Any], variant: str) -> Model:
-    """Name and options of a run's network with random weights, which cost the same."""
+    """Return name and options of a run's network with random weights, which cost the same."""
     part = config[TEACHER if variant == TEACHER else "student"]
     return without_weights(Model(name=part["name"], options=part["options"]))
 
 
 def _names(models: Sequence[Model], origins: Sequence[Path]) -> list[str]:
-    """Name of each network, or of its folder where several folders have that network.
+    """Name each network; if several folders have the same network, use the folder names.
 
-    The trunk is part of the name if it is an option: `pspnet_resnet18`.
+    A `trunk` option is part of the name: `pspnet_resnet18`.
     """
     trunks = [model.options.get("trunk") for model in models]
     names = [
@@ -155,7 +138,7 @@ def _measure(run: Run, model: Model, *, teacher: bool) -> dict[str, Any]:
 
 
 def cost_table(costs: Sequence[Cost]) -> Table:
-    """Tabulate the values of `cost_figure`, in order of multiply-adds."""
+    """Tabulate the values of `cost_figure`, sorted by multiply-adds."""
     lines = []
     for cost in sorted(costs, key=lambda cost: cost.multiply_adds):
         height, width = cost.sides
@@ -171,10 +154,9 @@ def cost_table(costs: Sequence[Cost]) -> Table:
 
 
 def cost_figure(costs: Sequence[Cost]) -> Figure:
-    """Plot mIoU against parameters, multiply-adds and latency, all logarithmic.
+    """Plot mIoU against parameters, multiply-adds and latency on logarithmic axes.
 
-    Each network has a colour and shape of its own; an arrow leads from a plain student to each
-    distilled one of its name.
+    Arrows connect each plain student to its distilled variants.
     """
     figure = Figure(figsize=(11.0, 4.6), layout="constrained")
     panels = figure.subplots(1, len(_PANELS), sharey=True)
@@ -199,7 +181,7 @@ def cost_figure(costs: Sequence[Cost]) -> Figure:
 
 
 def _mark(kind: str, colour: str, shape: str, x: float = 0.0, y: float = 0.0) -> Line2D:
-    """Draw the marker of a network; plain students are hollow."""
+    """Create a network's marker; plain students are hollow."""
     return Line2D(
         [x], [y], linestyle="", zorder=3, marker=shape, markersize=11 if shape == "*" else 6,
         color=colour, markeredgewidth=1.4, markerfacecolor="white" if kind == PLAIN else colour,
@@ -209,7 +191,7 @@ def _mark(kind: str, colour: str, shape: str, x: float = 0.0, y: float = 0.0) ->
 def _panel(
     axes: Axes, costs: Sequence[Cost], field: str, looks: dict[str, tuple[str, str]]
 ) -> None:
-    """Draw one panel: a marker for each model at its cost, and arrows from plain to distilled."""
+    """Draw a marker for each model, and arrows from plain to distilled students."""
     clean(axes)
     axes.set_xscale("log")
     at = {cost: (float(getattr(cost, field)), 100 * cost.mean_iou) for cost in costs}

@@ -38,19 +38,19 @@ _ORDER = ("out", "in", "original")
 def report_runs(
     folder: Path, runs: Sequence[Path], settings: Sequence[str], *, variants: Sequence[str] | None
 ) -> list[Table]:
-    """Tabulate accuracy in and out of context, by run or variant and between variants.
+    """Tabulate accuracy in and out of context.
 
     Args:
-        folder: Output of `python -m kd.out_of_context make`.
-        runs: Teachers, variants of a distillation, or whole distillations.
-        settings: `data.a=value`, applied to the dataset in each run's config.
-        variants: Variants of distillations to include beside `plain`; None: all.
+        folder: Output folder of `python -m kd.out_of_context make`.
+        runs: Run folders of teachers, variants of a distillation, or whole distillations.
+        settings: Overrides `data.KEY=VALUE` of each run's dataset.
+        variants: Variants of distillations to include beside `plain`; None for all.
 
     Returns:
-        A table for each run or variant that compares the datasets; for a distillation also one for
-        each dataset that compares the variants.
+        One table per run or variant that compares the datasets. A distillation also has one table
+        per dataset that compares its variants.
     """
-    open_set(folder, "in")  # fail before the first run's minutes
+    open_set(folder, "in")  # fail before runs are evaluated, which takes minutes
     tables = []
     for run in runs:
         if not is_distill(run):
@@ -83,7 +83,7 @@ def _by_set(
 
 
 def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Records]:
-    """Evaluate a run on the three datasets; image ids become those of the source photographs."""
+    """Evaluate a run on the three datasets; image ids become those of source photographs."""
     config, opened, model, task = open_run(run, settings)
     data = object_scenes(opened)
     accelerator = make_accelerator(config["train"]["precision"])
@@ -109,10 +109,8 @@ def _evaluate(run: Path, folder: Path, settings: Sequence[str]) -> dict[str, Rec
 def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
     """Tabulate how often a detector finds the pasted object, and how often with its true class.
 
-    Args:
-        folder: Output of `make`.
-        inside: Results on `in/` in COCO format: image_id, category_id, bbox, score.
-        outside: Likewise on `out/`.
+    `folder` is the output folder of `make`. `inside` and `outside` are COCO results files of the
+    detector on `in/` and `out/`.
     """
     sources = source_photos(folder)
     matched = {}
@@ -134,10 +132,10 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
 def match_detections(
     index: CocoIndex, results: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Match detections with pasted objects: the best-scored one with an IoU of `MATCH_IOU` counts.
+    """Match each pasted object with the best-scored detection with an IoU of at least `MATCH_IOU`.
 
-    Returns:
-        Ids of the scored objects, (K,) ascending; detected and correctly classified, (K,) 0 or 1.
+    Returns the ids of the scored objects, (K,) ascending, and whether each is detected and
+    correctly classified, (K,) 0 or 1.
     """
     assert index.scored is not None
     truth = read_truth(index.annotation_file)

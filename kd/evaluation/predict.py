@@ -1,4 +1,4 @@
-"""Predictions of runs on a val split, computed or stored."""
+"""Compute or read predictions of runs on a val split, and evaluate them."""
 
 from __future__ import annotations
 
@@ -46,41 +46,29 @@ from kd.runs.read import (
 from kd.runs.train import summary_of, val_loader
 
 _log = logging.getLogger("kd")
-FOLDER = "evaluation"  # of evaluations, in a run's folder
+FOLDER = "evaluation"  # subfolder of a run folder
 _PREDICTIONS = "predictions.npz"
-IMAGES = 8  # val images that an evaluation draws
-# Keys of the data section that another dataset takes over.
+IMAGES = 8  # number of val images to draw
+# Keys of the run's data section that also apply to another dataset.
 _IMAGE_KEYS = ("size", "shape", "min_fraction", "max_fraction", "images")
-# Settings that do not change predictions, and are not part of folder names.
+# Settings that do not change predictions and are left out of folder names.
 _FREE = ("root=", "workers=", "prepared=")
 _SEPARATORS = re.compile(r"[^\w.=-]+")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A run's predictions on the val split of a dataset.
+    """A run's predictions on the val split of a dataset."""
 
-    Args:
-        name: Name of the model.
-        data: The dataset.
-        results: Of the run's task.
-        metric: Evaluator that holds the predictions.
-        config: The run's config, with the section of this dataset.
-        summary: The content of `summary.json`.
-        folder: Folder of this evaluation, below the run's.
-        images: Draws val images with predictions.
-        how: Settings that change predictions, for titles: `val=test, scales 0.75, 1, flip`.
-    """
-
-    name: str
+    name: str  # of the model
     data: Dataset
     results: Results
-    metric: Evaluator
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    folder: Path
-    images: Callable[[Records], Iterator[Figure]]
-    how: str = ""
+    metric: Evaluator  # holds the predictions
+    config: Mapping[str, Any]  # the run's config, with the section of `data`
+    summary: Mapping[str, Any]  # content of `summary.json`
+    folder: Path  # output folder of this evaluation, inside the run folder
+    images: Callable[[Records], Iterator[Figure]]  # draws val images with predictions
+    how: str = ""  # settings that change predictions, for titles: `val=test, scales 0.75, 1, flip`
 
     @property
     def step(self) -> int:
@@ -89,16 +77,16 @@ class Predictions:
 
     @cached_property
     def records(self) -> Records:
-        """The content of `predictions.npz`, with class names."""
+        """Content of `predictions.npz`, with class names."""
         return self.results.named(self.metric.records(), self.data.class_names)
 
     @property
     def of_training(self) -> bool:
-        """Whether these are the predictions that training wrote to the run's own folder."""
+        """True for the predictions that training wrote to the run folder."""
         return self.folder.name == FOLDER
 
     def save(self) -> None:
-        """Write the predictions as a run without weights, which can be compared with other runs."""
+        """Write the predictions as a run folder without weights, for comparison with other runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_config(self.folder, self.config)
         write_class_names(self.folder, self.data.class_names)
@@ -106,7 +94,7 @@ class Predictions:
         write_summary(self.folder, self.summary)
 
     def evaluation(self, run: Path) -> Evaluation:
-        """Tables and figures; the title names the run's folder."""
+        """Create tables and figures, with the run folder in their title."""
         section = self.data.section.model_dump(mode="json")
         about, how = self.results.about(self.records), f", {self.how}" if self.how else ""
         title = f"{run} on {self.data.section.name} val: {about}{how}"
@@ -122,18 +110,14 @@ def predict_run(
     scales: Sequence[float] = (),
     mirror: bool = False,
 ) -> Predictions | None:
-    """Predict the val split with a run's model; None on ranks other than 0.
+    """Predict the val split with a run's model; returns None on ranks other than 0.
 
     Args:
-        run: Folder of a teacher or of a distillation's variant.
-        data_name: Name of a dataset other than the run's own.
-        settings: `data.a=value`.
-        scales: Average the scores of label maps over these scales.
-        mirror: Also average them over mirrored images.
-
-    Raises:
-        UserError: Not a finished run, a dataset with another number of classes, or scales or
-            mirrored images of a run that does not predict label maps.
+        run: Run folder of a teacher or of a variant of a distillation.
+        data_name: Dataset; by default the run's.
+        settings: Overrides such as `data.val=test`.
+        scales: Average predictions over these image scales; label maps only.
+        mirror: Average predictions over mirrored images, too; label maps only.
     """
     config, data, model, task = open_run(run, settings, data_name)
     results = results_of(config, run)
@@ -178,11 +162,7 @@ def predict_run(
 def open_run(
     run: Path, settings: Sequence[str], data_name: str | None = None
 ) -> tuple[dict[str, Any], Dataset, nn.Module, Task]:
-    """Config, dataset, model and task of a finished run of a teacher or student.
-
-    Raises:
-        UserError: Not a run, unfinished, or a teacher of other classes.
-    """
+    """Load config, dataset, model and task of a finished teacher or student run."""
     config = _run_config(run)
     section = data_section(run, config, data_name, settings)
     if _is_teacher(config):
@@ -196,7 +176,7 @@ def open_run(
 def data_section(
     run: Path, config: Mapping[str, Any], name: str | None, settings: Sequence[str] = ()
 ) -> DatasetSection:
-    """Section of the run's dataset, or of the named one with the same image settings."""
+    """Return the run's dataset section, or section `name` with the run's image settings."""
     if name is None:
         return section_from(config, str(run / "config.yaml"), settings)
     own = config["data"]
@@ -205,15 +185,9 @@ def data_section(
 
 
 def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
-    """Runs with stored predictions on one dataset; those without are skipped with a warning.
+    """Select the runs with stored predictions on one dataset; log a warning for each other run.
 
-    Args:
-        runs: Finished runs.
-        data_name: The dataset; None if all runs have the same.
-
-    Raises:
-        UserError: The runs are of different datasets and `data_name` is None, or none has
-            predictions.
+    If `data_name` is None, all runs must have been trained on the same dataset.
     """
     own = [_data_name(run) for run in runs]
     if data_name is None:
@@ -243,11 +217,7 @@ def stored_predictions(runs: Sequence[Run], data_name: str | None) -> list[Run]:
 
 
 def side_by_side(runs: Sequence[Run], data_name: str | None, settings: Sequence[str]) -> Evaluation:
-    """Evaluate several runs with predictions on one dataset, their own if `data_name` is None.
-
-    Raises:
-        UserError: The predictions are on different images, or not on those of the dataset.
-    """
+    """Evaluate several runs on the same val images, by default those of the runs' dataset."""
     check_same_objects(runs)
     first = runs[0]
     own = data_name is None or data_config(data_name).name == _data_name(first)
@@ -291,12 +261,12 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _is_teacher(config: Mapping[str, Any]) -> bool:
-    """Whether a config is a teacher's: only there `teacher` has options of a model."""
+    """Return True for a teacher's config, the only kind where `teacher` has model options."""
     return {"name", "options"} <= set(config.get("teacher", ()))
 
 
 def _steps(run: Path) -> int:
-    """Number of training steps, 0 if the run's summary lacks it."""
+    """Read the number of training steps; 0 if the run's summary lacks it."""
     try:
         return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""Write an evaluation: tables, numbers, figures and events; and the overlays of a distillation."""
+"""Write an evaluation (tables, metrics, figures, events) and overlays of a distillation."""
 
 from __future__ import annotations
 
@@ -25,19 +25,16 @@ from kd.utils.io import write_text
 _log = logging.getLogger("kd")
 
 _DPI = 160
-_EVENTS = "events.out.tfevents.*"  # of an earlier evaluation
+_EVENTS = "events.out.tfevents.*"
 
 
 def write_evaluation(
     folder: Path, evaluation: Evaluation, *, step: int = 0, images: Iterable[Figure] = ()
 ) -> None:
-    """Write `table.md`, `metrics.json`, a PNG for each figure, and TensorBoard events of them.
+    """Write `table.md`, `metrics.json`, a PNG for each figure, and their TensorBoard events.
 
-    Args:
-        folder: Created if missing; an earlier evaluation in it is replaced.
-        evaluation: Tables, figures and numbers.
-        step: Training step, TensorBoard's axis.
-        images: Figures of single images, written as `hidden_scene_0.png` and so on.
+    An earlier evaluation in `folder` is replaced. `step` is the training step for TensorBoard, and
+    `images` are figures of single images.
     """
     markdown = "\n".join(table.to_markdown() for table in evaluation.all_tables())
     numbers = json.dumps(evaluation.numbers(), indent=2) + "\n"
@@ -58,24 +55,23 @@ def write_evaluation(
 
 
 def _fresh_tracker(folder: Path) -> Tracker:
-    """Open a tracker, deleting the event files of earlier ones."""
+    """Open a tracker after deleting the folder's event files."""
     for events in folder.glob(_EVENTS):
         events.unlink()
     return Tracker(folder)
 
 
 def _write_figure(figure: Figure, file: Path, tracker: Tracker, tag: str, step: int) -> None:
-    """Write a figure to a file and to TensorBoard; rendering takes up to a second, so only once."""
+    """Render a figure once (up to a second) and write it to a file and to TensorBoard."""
     image = figure_image(figure, dpi=_DPI)
     save_image(image, file)
     tracker.image(tag, image, step)
 
 
 def write_overlays(distillation: Distillation) -> None:
-    """Draw predictions of each variant's first seed, beside those of teachers of the same task.
+    """Draw predictions of each variant's first seed and of teachers of the same task.
 
-    `train.images` is the number of val images; each is `overlays/<n>.png` in the distillation's
-    folder and an image in its event file.
+    Writes `train.images` val images to `overlays/<n>.png` and to TensorBoard.
     """
     recipe, data, out = distillation.recipe, distillation.data, distillation.out
     task, count, seed = distillation.task, recipe.train.images, recipe.seeds[0]
@@ -116,7 +112,7 @@ def write_overlays(distillation: Distillation) -> None:
 
 
 def stored_records(folders: Mapping[str, Path], results: Results) -> dict[str, Records]:
-    """Read predictions of finished runs; those on other images than the first are skipped."""
+    """Read predictions of finished runs; skip runs with other images than the first."""
     runs: dict[str, Records] = {}
     for name, folder in folders.items():
         try:

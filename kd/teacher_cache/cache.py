@@ -1,7 +1,7 @@
-"""Compute teacher outputs once: fill, resume, repair and check their stores.
+"""Cache teacher outputs: compute, resume, repair and check their stores.
 
-Each output has its own store, so that a later recipe with other outputs reuses those that exist.
-All missing outputs are computed in one pass over the images.
+Each output has a separate store, so that recipes with different outputs can share them. All missing
+outputs are computed in one pass over the images.
 """
 
 from __future__ import annotations
@@ -48,35 +48,24 @@ MOST_IMAGES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Which outputs to cache, and how.
+    """Which teacher outputs to cache, and how."""
 
-    Args:
-        outputs: `posterior`, other outputs of the teacher by name, or its layers.
-        split: Split of the dataset.
-        out_of_fold: Take each image's posteriors from the fold model that was not trained on it;
-            layers and other outputs are always the teacher's own.
-        dtype: Type of the numbers.
-        top_k: Number of most likely classes that are stored of posteriors and logits; 0 = all.
-        mirrored: Also store outputs of the mirrored image, but for posteriors: flipped samples get
-            them in place of a mirrored map.
-        location: Folder or URL of the stores; by default the teacher's run folder.
-        int8: Compute posteriors in 8-bit integers, on a CPU; excludes layers.
-        size: Long side of the teacher's input for label maps or saliency; None: as in its training.
-    """
-
-    outputs: Sequence[str] = (POSTERIOR,)
+    outputs: Sequence[str] = (POSTERIOR,)  # names of outputs or layers
     split: Literal["train", "val"] = "train"
+    # Predict posteriors with the fold model that was not trained on the image. Other outputs always
+    # come from the teacher itself.
     out_of_fold: bool = False
     dtype: Literal["float16", "float32"] = "float16"
-    top_k: int = 0
-    mirrored: bool = False
-    location: str | None = None
-    int8: bool = False
+    top_k: int = 0  # number of most probable classes to store of posteriors and logits; 0 for all
+    mirrored: bool = False  # also store outputs of the mirrored image, except posteriors
+    location: str | None = None  # folder or URL of the stores; default: in the teacher's run folder
+    int8: bool = False  # compute posteriors in 8-bit integers on a CPU; no other outputs allowed
+    # Long side of the teacher's input for label maps or saliency; None for its training size.
     size: int | None = None
 
     @property
     def settings(self) -> str:
-        """Settings of a recipe that would read this cache, for messages."""
+        """Recipe settings that read this cache, for messages."""
         names = ("out_of_fold", "dtype", "top_k", "mirrored", "int8", "size")
         values = {**{name: getattr(self, name) for name in names}, "cache": self.location}
         return " ".join(f"--set soft_targets.{k}={json.dumps(v)}" for k, v in values.items())
@@ -85,10 +74,11 @@ class CacheOptions:
 def open_cache(
     teacher: TrainedTeacher, data: Dataset, accelerator: Accelerator, options: CacheOptions
 ) -> dict[str, CachedField]:
-    """Open the stores of a teacher's outputs, by name, and compute what they lack.
+    """Open the stores of a teacher's outputs, by output name, and compute missing shards.
 
-    A cache of another teacher, dataset or transform, a teacher without folds, a layer that it lacks
-    and an output that is not finite are UserErrors.
+    Raises:
+        UserError: The cache has another teacher, dataset or transform, a layer or the folds are
+            missing, or an output is not finite.
     """
     if options.int8 and tuple(options.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; cache layers in float32, separately")
@@ -105,7 +95,7 @@ def open_cache(
 
 @dataclass
 class _Cache:
-    """Stores filled by the same models; with folds, each model has its own images."""
+    """Stores filled by the same models; with folds, each model predicts its held-out images."""
 
     teacher: TrainedTeacher
     models: Sequence[nn.Module]
@@ -120,7 +110,7 @@ class _Cache:
         self.images = [ids[folds == number] for number in range(len(self.models))]
 
     def open(self, outputs: Sequence[str]) -> dict[str, CachedField]:
-        """Return the outputs, complete."""
+        """Return the outputs after computing what is missing."""
         stores = {name: Store(self._place(name)) for name in outputs}
         with _together():
             if self.accelerator.is_main_process:
@@ -133,7 +123,7 @@ class _Cache:
         }
 
     def about(self, output: str) -> dict[str, Any]:
-        """Everything that determines the stored numbers."""
+        """Describe everything that determines the stored values."""
         return {
             "out_of_fold": len(self.models) > 1,
             "teacher": self._weights,
@@ -151,12 +141,12 @@ class _Cache:
 
     @cached_property
     def _weights(self) -> str:
-        """A hash of all models; slow for large ones."""
+        """Hash of all models' weights; slow for large models."""
         hashes = "".join(weights_hash(model, str(model)) for model in self.models)
         return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
     def _top_k(self, output: str) -> int:
-        """Number of stored classes; layers are stored whole."""
+        """Number of classes to store; layers are always stored completely."""
         return 0 if layers_among([output], self.teacher.task) else self.options.top_k
 
     @property
@@ -164,11 +154,11 @@ class _Cache:
         return bool(self.accelerator.mixed_precision == "bf16")
 
     def mirrored(self, output: str) -> bool:
-        """Whether outputs of the mirrored image are stored too."""
+        """Return True if outputs of the mirrored image are stored, too."""
         return self.options.mirrored and output != POSTERIOR
 
     def _place(self, output: str) -> str:
-        """Location of a store; its key is part of the default name."""
+        """Location of a store; a default name includes a hash of `about`."""
         name = f"{self.view.data.section.name}-{self.options.split}-{output}"
         name = re.sub(r"[^\w.-]+", "_", name).lstrip(".")
         if self.options.location is not None:
@@ -178,7 +168,7 @@ class _Cache:
         return str(self.teacher.folder / "cache" / f"{name}-{key}")
 
     def _prepare(self, stores: Mapping[str, Store]) -> None:
-        """Refuse stores that do not fit, remove corrupt shards, create new stores."""
+        """Check existing stores, remove corrupt shards and create new stores."""
         new = []
         for output, store in stores.items():
             if store.manifest() is None:
@@ -189,7 +179,7 @@ class _Cache:
                 _log.warning("%s/%s: corrupt shard, rebuilding", store.url, name)
         if not new:
             return
-        # Shards of one pass have the same images, so that processes can divide them.
+        # All outputs have the same images per shard, so that processes can share the work.
         each = min(MOST_IMAGES, max(1, int(SHARD_BYTES / max(self._image_bytes(stores, new)))))
         shards = sum(math.ceil(len(part) / each) for part in self.images)
         for output in new:
@@ -198,7 +188,7 @@ class _Cache:
             _log.info("computing %s of %s, cached in %s", output, self.teacher.folder, url)
 
     def _image_bytes(self, stores: Mapping[str, Store], outputs: Sequence[str]) -> list[float]:
-        """Average bytes of an image in each output, measured on one image."""
+        """Measure the bytes per image of each output on one image."""
         device = self.accelerator.device
         with self._live(self.models[0], layers_among(outputs, self.teacher.task), outputs) as live:
             self.models[0].to(device)
@@ -240,7 +230,7 @@ class _Cache:
         done: int,
         advance: Any,
     ) -> int:
-        """Run one model over its images; return how many images are done then."""
+        """Run one model over its images; returns `done` plus the number of images."""
         device = self.accelerator.device
         loader = SampleLoader(
             self.view.samples(images), batch_size=self.samples.together(IMAGES_A_BATCH), seed=0,
@@ -275,7 +265,7 @@ class _Cache:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Wait for all processes; a UserError of the first process is raised on all of them."""
+    """Wait for all processes; if one raises a UserError, raise the first error on all."""
     messages: list[str] = []
     try:
         yield
@@ -288,9 +278,9 @@ def _together() -> Iterator[None]:
 def in_one_shape(
     given: Mapping[str, Tensor], grid: tuple[int, int] | None, task: Task
 ) -> Mapping[str, Tensor]:
-    """Resample score maps of images of different sizes to one grid, so that they can be stored.
+    """Resample score maps to one grid, so that images of different sizes can be stored together.
 
-    Without a grid nothing changes; with one, layers are dropped.
+    With a grid, layers are dropped; without one, `given` is returned.
     """
     if grid is None:
         return given

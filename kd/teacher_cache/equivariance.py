@@ -1,8 +1,7 @@
-"""Measure how far a teacher's maps follow a flip, shift or scaling of the image.
+"""Measure how well a teacher's maps follow a flip, shift or scaling of the image.
 
-A padded convolution nearly follows a shift but not a flip, and tokens of a vision transformer
-depend on their position. So the error is measured, on this teacher and these images, before cached
-maps are flipped, shifted or scaled together with augmented images.
+The error depends on teacher and images: convolutions, for example, follow shifts but not flips. It
+is checked before cached maps are moved together with augmented images.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ def moved_map_errors(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
-    """Relative error of each cached map under each move of the dataset's augmentation.
+    """Measure the error of each cached map under each geometric augmentation of the dataset.
 
-    By output and move: the norm of the difference over the norm of the live maps, on a few train
-    images that are all moved. Outputs without spatial dimensions are compared unmoved; posteriors,
-    which do not depend on the image's position, are left out.
+    The error is the norm of the difference to the teacher's output for the moved image, relative to
+    that output's norm. It is averaged over a few train images. Posteriors are skipped.
     """
     maps = {name: one for name, one in cached.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}
@@ -75,7 +73,7 @@ def check_moved_maps(
     *,
     limit: float,
 ) -> None:
-    """Refuse augmentations that cached maps do not follow; the UserError names them."""
+    """Raise a `UserError` if cached maps do not follow an augmentation within `limit`."""
     for name, errors in moved_map_errors(teacher, data, cached, accelerator).items():
         text = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
         if any(error > limit for error in errors.values()):

@@ -1,4 +1,4 @@
-"""Report what `kd.cache` stored."""
+"""Summarize what `kd.cache` stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cache_summary(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> Iterator[str]:
-    """Yield lines about the cached outputs of a split; all processes must call it."""
+    """Yield lines about the cached outputs of a split; all processes must call this function."""
     errors = moved_map_errors(teacher, data, cached, accelerator) if split == "train" else {}
     view = data.problem.teacher_view(teacher, data, split)
     images, of = len(view.image_ids), " of val" if split == "val" else ""

@@ -1,4 +1,4 @@
-"""Write the outputs of a pass over images to the shards of a store."""
+"""Write teacher outputs to the shards of a store."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Rows = dict[str, NDArray[Any]]
 
 
 class ShardWriter:
-    """Collect one output's rows and write each shard once all its images have arrived.
+    """Collects one output and writes each shard once all its images have been added.
 
-    Only the `top_k` largest channels are stored, 0 stores all.
+    Only the `top_k` largest channels are stored; 0 stores all.
     """
 
     def __init__(self, name: str, store: Store, view: TeacherView, dtype: str, top_k: int) -> None:
@@ -33,14 +33,11 @@ class ShardWriter:
 
     @property
     def images(self) -> set[int]:
-        """Ids of the images that have not arrived yet."""
+        """Ids of the images that have not been added yet."""
         return set(self._shard_of)
 
     def expect(self, images: Sequence[NDArray[np.int64]], shards: Sequence[int]) -> None:
-        """Set the shards to write.
-
-        `images` are the image ids of the whole store, grouped by the model that runs on them.
-        """
+        """Set the shards to write; `images` are the store's image ids, grouped by model."""
         manifest = self.store.manifest()
         assert manifest is not None
         each = int(manifest["images_per_shard"])
@@ -50,7 +47,7 @@ class ShardWriter:
             self._left[number] = len(plan[number])
 
     def record_bytes(self, given: Mapping[str, Tensor]) -> int:
-        """Bytes of one stored record of outputs like these."""
+        """Compute the bytes of one stored record, given example outputs."""
         return sum(part[0].nbytes for part in self._compact(self._output(given)).values())
 
     def take(
@@ -59,9 +56,10 @@ class ShardWriter:
         given: Mapping[str, Tensor],
         mirrored: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take the rows of a batch, and of the mirrored batch where these are stored.
+        """Add a batch, with outputs of the mirrored batch if these are stored.
 
-        A number that is not finite, or cannot be written, is a UserError.
+        Raises:
+            UserError: A value is not finite, or a shard cannot be written.
         """
         wanted = [self._shard_of.get(image, -1) for image in batch["image_ids"].tolist()]
         ids, images = (part.cpu().numpy() for part in self.view.records(batch))
