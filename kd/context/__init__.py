@@ -1,1 +1,1 @@
-"""Scene knowledge at work: queries about regions, heat maps and detector rescoring."""
+"""Use context teachers: query regions, draw heat maps and rescore detections."""

@@ -48,8 +48,8 @@ class QueryOptions:
         most: Largest number of detections queried per image, the best-scored first.
         same_place: Least IoU at which detections share a query.
         sure: Least score at which a detection is given to the teacher as an object.
-        same_object: Least IoU with the query at which a detection is not given to the teacher,
-            because it may be the queried object.
+        same_object: Least IoU with the queried box at which a detection is not given to the
+            teacher, because it may be the queried object.
     """
 
     most: int = 100
@@ -195,7 +195,7 @@ def group_boxes(overlaps: Floats, least: float) -> Ints:
     """Group boxes greedily, as non-maximum suppression does.
 
     `overlaps` (n, n) is the IoU of boxes sorted by descending score. A box joins the group of a
-    better-scored box from IoU `least`. Returns the index of the best box in each box's group, (n,).
+    better-scored box if their IoU is at least `least`. Returns each group's best box, (n,).
     """
     leader = np.full(len(overlaps), -1, np.int64)
     for box in range(len(overlaps)):

@@ -171,7 +171,7 @@ def _teacher_input(
 
 
 def _displayed(photo: Tensor) -> NDArray[Any]:
-    """Scale a photograph down for a figure, (H, W, 3)."""
+    """Scale a photograph down for a figure; returns (H, W, 3)."""
     height, width = photo.shape[1], photo.shape[2]
     small = resize(photo, scaled_size(height, width, min(_PHOTO_SIZE, max(height, width))))
     pixels: NDArray[Any] = small.permute(1, 2, 0).cpu().numpy()

@@ -15,7 +15,7 @@ from kd.context.regions import Region, Windows, windows
 from kd.runs.load_teacher import TrainedTeacher
 from kd.utils.images import scaled_size
 
-_COVERED = 0.5  # an object covered by this fraction is hidden with the region, class included
+_COVERED = 0.5  # least covered fraction at which an object's class is hidden from the teacher
 _MAP_SIZE = 512  # long side of a heat map
 _CPU_INPUTS = 16  # regions in one pass: the activations of more exceed a CPU's cache
 _PEAK = 0.1  # peaks below this fraction of the highest are noise
@@ -188,7 +188,7 @@ def spread(values: Tensor, slid: Windows, size: tuple[int, int], fine: tuple[int
 def _best_places(
     values: Tensor, size: tuple[int, int], sides: Sequence[tuple[float, float]], count: int
 ) -> tuple[Place, ...]:
-    """Find peaks, most probable first, at least the smallest region's shorter side apart."""
+    """Find peaks, most probable first, at least the shorter side of the smallest region apart."""
     height, width = values.shape
     step = size[1] / width
     y = (torch.arange(height) + 0.5) * (size[0] / height)

@@ -56,7 +56,7 @@ class KnownObjects:
             self.rows.setdefault(Path(self.index.file_name(image)).name, []).append(image)
 
     def row(self, path: Path) -> int | None:
-        """Return the index of an image; the folder names decide between files of the same name."""
+        """Return an image's index in the JSON or None; folders distinguish equal file names."""
         found = self.rows.get(path.name, [])
         whole = "/" + path.resolve().as_posix()
         close = [row for row in found if whole.endswith("/" + self.index.file_name(row))]
@@ -71,8 +71,8 @@ class KnownObjects:
 def open_photograph(path: Path, size: int, known: KnownObjects | None = None) -> Photograph:
     """Read an image at full size and with long side `size`, rotated by its EXIF orientation.
 
-    COCO boxes usually refer to pixels as stored. If the stored size is the size in the JSON, the
-    image is not rotated.
+    If the COCO JSON lists the image with its stored size, it is not rotated, because COCO boxes
+    usually refer to pixels as stored.
     """
     row = None if known is None else known.row(path)
     upright, expected = True, None

@@ -1,7 +1,7 @@
 """Rescore detections with a context teacher: `logit(score) + strength * (log q - log prior)`.
 
-This is a product of experts (Hinton, 2002); `q` is the teacher's prediction. The strength is chosen
-by AP on other images, and is 0 unless the gain is clear.
+This is a product of experts (Hinton, 2002), where `q` is the class probability predicted by the
+teacher. The strength is chosen by AP on other images, and is 0 unless the gain is clear.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def is_clear(gains: Floats) -> bool:
 
 
 def rescored(known: Evidence, fits: Sequence[Fit], fold: Ints) -> Floats:
-    """Rescore detections with the fit of their image's fold, `fold` (D,); returns scores (D,)."""
+    """Rescore D detections, each with the fit of its image's fold, `fold` (D,)."""
     new = known.scores.copy()
     for number, fit in enumerate(fits):
         mine = fold == number
@@ -261,7 +261,10 @@ class Split:
 
 
 def log_prior_of(teacher: TrainedTeacher) -> Floats:
-    """Read the teacher's log class prior (C,) without the part that its `balance` removed."""
+    """Read the log class prior (C,) of the teacher's training from its run folder.
+
+    For a teacher trained with `balance`, this is the normalized log of prior^(1 - balance).
+    """
     path = teacher.folder / "predictions.npz"
     try:
         with np.load(path) as stored:

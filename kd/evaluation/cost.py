@@ -116,7 +116,7 @@ def _names(models: Sequence[Model], origins: Sequence[Path]) -> list[str]:
 
 
 def _measure(run: Run, model: Model, *, teacher: bool) -> dict[str, Any]:
-    """Measure a network; returns the last five fields of `Cost`."""
+    """Measure a network; returns the fields `parameters` to `device` of `Cost`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     section = section_from(run.config, str(run.folder / "config.yaml"))
     data = open_data(section, run.config["task"]["name"])

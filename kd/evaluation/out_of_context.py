@@ -132,10 +132,10 @@ def report_detections(folder: Path, inside: Path, outside: Path) -> Table:
 def match_detections(
     index: CocoIndex, results: Path
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Match each pasted object with the best-scored detection with an IoU of at least `MATCH_IOU`.
+    """Match each pasted object with the best-scored detection of IoU `MATCH_IOU` or more.
 
-    Returns the ids of the scored objects, (K,) ascending, and whether each is detected and
-    correctly classified, (K,) 0 or 1.
+    Returns three arrays (K,): ids of the scored objects, ascending; 1 if the object is detected,
+    else 0; and 1 if it is also correctly classified, else 0.
     """
     assert index.scored is not None
     truth = read_truth(index.annotation_file)

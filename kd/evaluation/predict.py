@@ -261,7 +261,7 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _is_teacher(config: Mapping[str, Any]) -> bool:
-    """Return True for a teacher's config, the only kind where `teacher` has model options."""
+    """Return True for the config of a teacher run, where `teacher` has a name and options."""
     return {"name", "options"} <= set(config.get("teacher", ()))
 
 

@@ -77,8 +77,8 @@ def open_cache(
     """Open the stores of a teacher's outputs, by output name, and compute missing shards.
 
     Raises:
-        UserError: The cache has another teacher, dataset or transform, a layer or the folds are
-            missing, or an output is not finite.
+        UserError: The cache belongs to another teacher, dataset or transform; a layer or the fold
+            models are missing; or an output is not finite.
     """
     if options.int8 and tuple(options.outputs) != (POSTERIOR,):
         raise UserError("int8: posteriors only; cache layers in float32, separately")
@@ -265,7 +265,7 @@ class _Cache:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Wait for all processes; if one raises a UserError, raise the first error on all."""
+    """Wait for all processes on exit; if one raised a UserError, raise it on all of them."""
     messages: list[str] = []
     try:
         yield
@@ -280,7 +280,7 @@ def in_one_shape(
 ) -> Mapping[str, Tensor]:
     """Resample score maps to one grid, so that images of different sizes can be stored together.
 
-    With a grid, layers are dropped; without one, `given` is returned.
+    With a grid, layers are dropped; without one, `given` is returned unchanged.
     """
     if grid is None:
         return given

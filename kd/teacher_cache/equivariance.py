@@ -35,10 +35,10 @@ def moved_map_errors(
     cached: Mapping[str, CachedField],
     accelerator: Accelerator,
 ) -> dict[str, dict[str, float]]:
-    """Measure the error of each cached map under each geometric augmentation of the dataset.
+    """Measure the error of cached maps, by output, under each geometric augmentation in use.
 
     The error is the norm of the difference to the teacher's output for the moved image, relative to
-    that output's norm. It is averaged over a few train images. Posteriors are skipped.
+    that output's norm, on a few train images. Posteriors are skipped.
     """
     maps = {name: one for name, one in cached.items() if name != POSTERIOR}
     errors: dict[str, dict[str, float]] = {name: {} for name in maps}
@@ -73,7 +73,7 @@ def check_moved_maps(
     *,
     limit: float,
 ) -> None:
-    """Raise a `UserError` if cached maps do not follow an augmentation within `limit`."""
+    """Raise a `UserError` if the error of cached maps under an augmentation exceeds `limit`."""
     for name, errors in moved_map_errors(teacher, data, cached, accelerator).items():
         text = ", ".join(f"{move} {error:.1%}" for move, error in errors.items())
         if any(error > limit for error in errors.values()):

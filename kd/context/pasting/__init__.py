@@ -16,8 +16,8 @@ def _option(default: float, text: str) -> Any:
 class PasteOptions:
     """Options of `kd.out_of_context make`, with help texts; `split` is the source split.
 
-    The log-probability of the class exceeds its prior by at least `margin` in the probable scene,
-    and is at least as far below it in the improbable one.
+    The class's log-probability exceeds its log prior by at least `margin` in the probable scene,
+    and is at least `margin` below its log prior in the improbable scene.
     """
 
     split: Literal["train", "val"] = "val"

@@ -1,8 +1,8 @@
 """Cut objects out of one image and paste them into another without a visible seam.
 
-The object's rim takes its colours from the interior, so that no old background remains. Blur, noise
-and light are matched to the target scene. Poisson editing (Perez et al., 2003) is not used, as it
-would tint the object with the target's colours.
+The object's rim takes its colours from the interior, so that none of the source background remains.
+Blur, noise and light are matched to the target scene. Poisson editing (Perez et al., 2003) is not
+used because it would tint the object with the target's colours.
 """
 
 from __future__ import annotations
@@ -128,14 +128,14 @@ def paste(
 
 
 def soften(cover: Floats, edge: float) -> Floats:
-    """Blur an object's coverage to the given edge width, within `REACH` pixels."""
+    """Blur an object's coverage to the given edge width, by at most `REACH` pixels."""
     width = extra_spread(_OUTLINE_EDGE, edge, _SOFTEST)
     soft = ndimage.gaussian_filter(cover, width, mode="constant", radius=REACH) if width else cover
     return np.where(soft < _FAINT, 0, soft).astype(np.float32)
 
 
 def extra_spread(current: float, target: float, most: float) -> float:
-    """Standard deviation to add in quadrature to reach `target`, between 0 and `most`."""
+    """Compute the standard deviation to add to `current` in quadrature to reach `target`."""
     return min(float(np.sqrt(max(0.0, target**2 - current**2))), most)
 
 

@@ -47,9 +47,9 @@ _DRAWN = 6  # pairs in the figure
 
 
 def make_sets(data: ObjectScenes, out: Path, options: PasteOptions) -> dict[str, Any]:
-    """Choose pairs, write the three datasets and a figure; return what `out_of_context.json` has.
+    """Choose pairs and write the three datasets, a figure and `out_of_context.json`.
 
-    `out` is created only when complete.
+    `out` is created only when complete. Returns the content of `out_of_context.json`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; choose another --out or delete it")

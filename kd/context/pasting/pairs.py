@@ -1,6 +1,7 @@
-"""Choose which object is pasted into which scene for the `in` and `out` datasets.
+"""Choose which object is pasted into which scene for the datasets `in` and `out`.
 
-Both datasets contain the same objects and scenes, in probable or improbable combinations.
+`in` shows each object in a probable scene and `out` in an improbable one. Both datasets use the
+same objects and scenes.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Pair:
-    """An object (annotation `row`) with its probable (`inside`) and improbable placement."""
+    """An object, its probable placement (`inside`) and its improbable placement (`outside`)."""
 
-    row: int
+    row: int  # annotation of the object
     inside: Placement
     outside: Placement
 
@@ -117,7 +118,7 @@ def scale_between(index: CocoIndex, source: int, target: int) -> float:
 
 
 def find_placements(index: CocoIndex, rows: Ints, image: int) -> tuple[Ints, Bools]:
-    """Find where N objects fit into a scene, at the relative height they have in their own image.
+    """Find where N objects fit into a scene, at the same relative height as in their source images.
 
     An object fits if both images have a similar aspect ratio and its box, shifted sideways if
     needed, is inside the border and covers at most `COVERED` of each annotated box. Returns the
@@ -192,7 +193,7 @@ def matched_pairs(
     """Assign each object a probable and an improbable scene, using the same scenes for both.
 
     Solves an assignment problem (Kuhn, 1955) to use as many objects as possible, at most `count`.
-    `margin` is the least absolute log lift in nats, and `random` breaks near ties.
+    `margin` is the least absolute log lift (nats) of a placement; `random` breaks near ties.
     """
     jitter = random.uniform(0.0, _JITTER, choices.lifts.shape)
     while len(choices.rows):
@@ -211,7 +212,7 @@ def matched_pairs(
 
 
 def _cycles(lifts: Floats, jitter: Floats, margin: float) -> tuple[Ints, Ints]:
-    """Return each object's successor (itself if unused) and the scene that the two share."""
+    """Return each object's successor (itself if unused) and the scene where both are pasted."""
     inside = _gain(lifts - margin, jitter)
     outside = _gain(-lifts - margin, jitter)
     best = np.empty((len(lifts), len(lifts)))

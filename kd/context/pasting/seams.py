@@ -1,7 +1,8 @@
 """Measure whether seams reveal pastes, by the ROC AUC of a classifier; 0.5 if they do not.
 
 The classifier is a logistic regression on gradients, sharpness and noise around an object's
-outline. If it is also given the outline, it recognizes real objects by imprecise annotation.
+outline. A second one is also given the annotated outline, by which it may recognize real objects:
+hand-drawn outlines are imprecise.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SeamAUC(NamedTuple):
 
 
 def seam_features(image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_]) -> Floats:
-    """Describe the edge of an object, given its image (H, W, 3) and mask (H, W): (F,).
+    """Compute features (F,) of an object's edge, given its image (H, W, 3) and mask (H, W).
 
     The first `RING` features describe the whole ring around the outline. The others describe narrow
     bands along the outline.
