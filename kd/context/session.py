@@ -83,7 +83,7 @@ class Imagination:
         return hidden_objects(self.teacher).size
 
     def check_annotations(self, given: bool) -> None:
-        """Warn if the teacher reads annotations and none are given, or if it ignores them."""
+        """Warn if the teacher reads annotations but none are given, or ignores those given."""
         reads = self.teacher.reads_labels
         if reads and not given:
             _log.warning(

@@ -135,7 +135,7 @@ def soften(cover: Floats, edge: float) -> Floats:
 
 
 def extra_spread(current: float, target: float, most: float) -> float:
-    """Compute the standard deviation to add to `current` in quadrature to reach `target`."""
+    """Compute the standard deviation to add in quadrature to reach `target`; at most `most`."""
     return min(float(np.sqrt(max(0.0, target**2 - current**2))), most)
 
 

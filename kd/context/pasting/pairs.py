@@ -23,15 +23,15 @@ Score = Callable[[int, Ints, Floats], Floats]
 
 BORDER = 3  # least distance from the image border in pixels: the object and its seam are whole
 COVERED = 0.25  # largest fraction of an annotated box that a paste may cover
-_WHOLE = 0.9  # least fraction of pixels in one piece; otherwise something occludes the object
+_WHOLE = 0.9  # least fraction of pixels in one piece; otherwise the object is occluded
 _OVERLAP = 0.05  # largest fraction of pixels shared with another object
 _NEAR, _MET = 2, 0.3  # contact distance in pixels, and largest fraction of the outline in contact
-_SAME_SHAPE = np.log(1.1)  # of the ratio of aspect ratios
-# Sideways shifts to try, fractions of the width.
+_SAME_SHAPE = np.log(1.1)  # largest absolute log ratio of the images' aspect ratios
+# Sideways shifts to try, in order, as fractions of the image width.
 _SHIFTS = np.array([0.0, 0.1, -0.1, 0.2, -0.2, 0.3, -0.3, 0.45, -0.45, 0.6, -0.6])
 _EXTREME = 2.0  # nats beyond the margin at which the gain saturates, to avoid extreme scenes only
-_JITTER = 2.0  # nats of random gain, so that many scenes are used
-_TAKEN = 100.0  # gain per used object, larger than all other gains together
+_JITTER = 2.0  # largest random gain in nats, so that many scenes are used
+_TAKEN = 100.0  # gain per used object, larger than the other gains
 
 
 @dataclass(frozen=True)
