@@ -1,1 +1,1 @@
-"""Datasets: download, resize and open them; samples of images and their loader."""
+"""Download, resize and open datasets, and load samples from them."""

@@ -1,4 +1,4 @@
-"""Read annotated images for samples, and apply an image's augmentation to its objects."""
+"""Read annotated images for samples, and augment the objects like their image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kd.utils.images import grey_image, read_image, scaled_size
 def area_fractions(
     boxes: npt.NDArray[np.float32], areas: npt.NDArray[np.int64] | int
 ) -> npt.NDArray[np.float64]:
-    """Fraction of its image's area that each of the (K, 4) xyxy boxes covers: (K,)."""
+    """Fraction of the image area that each of the (K, 4) xyxy boxes covers: (K,)."""
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
     fractions: npt.NDArray[np.float64] = sides.prod(axis=1) / areas
     return fractions
@@ -33,9 +33,9 @@ def known_labels(
     images: npt.NDArray[np.int64],
     labelled: Collection[int] | npt.NDArray[np.int64] | None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether a student may use the labels of each of `images`, indices into `index`.
+    """Whether a student may use the labels of each of `images`, which are indices into `index`.
 
-    `labelled` contains the ids of the images with usable labels; None means all images.
+    `labelled` lists the ids of the images with usable labels; None allows all images.
     """
     if labelled is None:
         return np.ones(len(images), np.bool_)
@@ -58,13 +58,10 @@ def repeated(
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Reader of a dataset's images at a working size, from its folder or from a prepared copy.
+    """Reader of a dataset's images, scaled to a long side of `size` pixels.
 
-    Attributes:
-        index: The dataset.
-        size: Long side of the images that are returned, in pixels.
-        prepared: A resized copy of the images to read instead of the originals, or None.
-        read_files: If false, no files are read and all images are grey.
+    Images are read from the dataset's folder or from the resized copy `prepared`. If `read_files`
+    is false, all images are grey and no files are read.
     """
 
     index: CocoIndex
@@ -81,9 +78,9 @@ class ImageFiles:
         largest: int | None = None,
         read_files: bool = True,
     ) -> ImageFiles:
-        """Open a dataset's images, or their copy in `prepared` (made by `kd.data.prepare`).
+        """Open a dataset's images, or their resized copy in the folder `prepared`.
 
-        The copy's long side must be at least `largest` pixels, by default `size`.
+        The long side of the copy must be at least `largest` pixels, by default `size`.
         """
         copy = None
         if prepared is not None:
@@ -92,7 +89,7 @@ class ImageFiles:
         return ImageFiles(index, size, copy, read_files)
 
     def file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """Path of the file that an image is read from, and the file's height and width."""
+        """Path of the file an image is read from, and the file's height and width."""
         stored = self.index.size_of(image)
         if self.prepared is None:
             return self.index.path(image), stored
@@ -100,7 +97,7 @@ class ImageFiles:
         return path, self.prepared.image_size(*stored)
 
     def read(self, image: int, size: int | None = None) -> Tensor:
-        """Read an image, its long side scaled to `size` (default: `self.size`): (3, h, w) uint8."""
+        """Read an image scaled to a long side of `size` (default: `self.size`): (3, h, w) uint8."""
         path, expected = self.file(image)
         side = self.size if size is None else size
         if not self.read_files:
@@ -111,8 +108,8 @@ class ImageFiles:
 class Objects(NamedTuple):
     """Objects of one image, in the coordinates of one sample.
 
-    `rows` (K,) are the objects' rows in the index; `boxes` is (K, 4) xyxy in pixels; `fractions`
-    (K,) are the fractions of the image's area that the boxes cover.
+    `rows` (K,) are rows of the dataset's index, `boxes` are (K, 4) xyxy in pixels, and `fractions`
+    (K,) are the fractions of the image area that the boxes cover.
     """
 
     rows: npt.NDArray[np.int64]
@@ -121,10 +118,7 @@ class Objects(NamedTuple):
 
 
 def objects_of(index: CocoIndex, image: int, size: tuple[int, int]) -> Objects:
-    """All objects of an image that was scaled to `size` = (height, width).
-
-    Area fractions are computed at the file's size, so the rounding of `size` does not affect them.
-    """
+    """All objects of an image, in coordinates of the image scaled to `size` = (height, width)."""
     rows, original = index.rows_of(image), index.size_of(image)
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]]).repeat(2)
     stored = index.boxes[rows]
@@ -141,16 +135,11 @@ def moved_objects(
     min_visible: float,
     cut_at_crop: bool = False,
 ) -> Objects:
-    """Objects of a scaled image that remain visible after an augmentation, clipped to the frame.
+    """Objects of a scaled image that stay visible after an augmentation, clipped to the frame.
 
-    Args:
-        index: The dataset, or its crowds.
-        image: Index of the image in the dataset.
-        size: Height and width of the scaled image.
-        plan: The augmentation.
-        min_visible: Fraction of a box that must remain visible, and at least a pixel each way.
-        cut_at_crop: Also clip boxes to the plan's crop, so that they never extend into the black
-            border that a shift or a rotation adds.
+    `size` is the (height, width) of the scaled image. At least the fraction `min_visible` of a box,
+    and one pixel, must stay visible. `cut_at_crop` also clips boxes to the plan's crop, which
+    excludes the black border added by shifts and rotations.
     """
     rows, boxes, _ = objects_of(index, image, size)
     whole = moved = plan.boxes(boxes, size)

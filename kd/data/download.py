@@ -1,7 +1,6 @@
 """Download public datasets: `python -m kd.data.download coco2017 --out DIR`.
 
-Archives are downloaded, verified by their checksums, unpacked and deleted; those that were unpacked
-before are skipped. Failed requests are repeated, and an interrupted download is resumed.
+Unpacked archives are skipped, failed requests repeated, and interrupted downloads resumed.
 """
 
 from __future__ import annotations
@@ -42,25 +41,15 @@ _HINTS = {401: "; access denied", 403: "; access denied", 404: "; check the addr
 
 @dataclass(frozen=True)
 class Archive:
-    """One zip file of a dataset.
+    """One zip file of a dataset."""
 
-    Attributes:
-        name: Value of `--only` that selects this archive.
-        location: Path relative to the base URL.
-        md5: Checksum of the zip file.
-        packed: Size of the zip file in bytes.
-        unpacked: Approximate total size of the unpacked files in bytes.
-        folder: Folder of the unpacked files, relative to the dataset's folder.
-        files: Number of unpacked files.
-    """
-
-    name: str
-    location: str
-    md5: str
-    packed: int
-    unpacked: int
-    folder: str
-    files: int
+    name: str  # selects this archive on the command line (`--only`)
+    location: str  # path relative to the base URL
+    md5: str  # checksum of the zip file
+    packed: int  # size of the zip file in bytes
+    unpacked: int  # approximate total size of the unpacked files in bytes
+    folder: str  # folder of the unpacked files, relative to the dataset's folder
+    files: int  # number of unpacked files
 
 
 # Name of a dataset -> (base URL of its archives, the archives).
@@ -89,13 +78,11 @@ def download(
     retries: int = 5,
     backoff: float = 1.0,
 ) -> None:
-    """Download and unpack archives into the dataset's folder, except those that are complete.
+    """Download and unpack archives into the dataset's folder, skipping complete ones.
 
     `base_url` is prepended to the archives' locations. If `keep`, zip files are not deleted. For
-    `retries` and `backoff` see `fetch`.
-
-    Raises:
-        UserError: The disk has too little free space, or `fetch` or `unpack` failed.
+    `retries` and `backoff` see `fetch`. Raises a UserError if a step fails or disk space is too
+    low.
     """
     missing = [archive for archive in archives if not _is_complete(archive, out)]
     for archive in archives:
@@ -152,11 +139,9 @@ def _check_space(archives: Sequence[Archive], out: Path, keep: bool) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip file, except for files that already exist with the right size.
+    """Unpack a zip file into `folder`, skipping files that already exist with the right size.
 
-    Raises:
-        UserError: The archive is corrupt, an entry points outside `folder` or is a link, or the
-            disk is full.
+    Raises a UserError if the archive is corrupt or an entry is a link or points outside `folder`.
     """
     try:
         with zipfile.ZipFile(archive) as source:
@@ -217,22 +202,13 @@ def fetch(
     backoff: float = 1.0,
     timeout: float = 30.0,
 ) -> None:
-    """Download a file unless it exists; an interrupted download is resumed.
+    """Download a file to `path` unless it exists; an interrupted download is resumed.
 
-    Bytes go to `PATH.part`, which is renamed once it is complete and verified.
-
-    Args:
-        url: An http or https address.
-        path: Target file; its folder is created.
-        md5: Expected MD5 checksum in hexadecimal.
-        retries: How many times an attempt that makes no progress is repeated.
-        backoff: Seconds before the second attempt; doubled before each further one, up to a minute.
-        timeout: Seconds without data from the server after which an attempt fails.
-
-    Raises:
-        UserError: The file is not found, access is denied, the server is unreachable, the checksum
-            is wrong, or the disk is full. Unless the checksum is wrong, the received bytes remain,
-            so that another call resumes.
+    The bytes are written to `PATH.part`, which is renamed when its `md5` (hexadecimal) is correct.
+    An attempt that makes no progress is repeated `retries` times, first after `backoff` seconds,
+    then after twice as long each time, up to a minute. An attempt fails after `timeout` seconds
+    without data. Raises a UserError on failure; unless the checksum is wrong, another call can
+    resume.
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UserError(f"{url}: not an http or https address")
@@ -298,7 +274,7 @@ def _receive_all(url: str, part: Path, retries: int, backoff: float, timeout: fl
 
 
 def _receive(url: str, part: Path, timeout: float) -> None:
-    """Receive the rest of a file, or the whole file if the server does not support ranges."""
+    """Download the rest of a file, or the whole file if the server does not support ranges."""
     received = _size(part)
     headers = {"User-Agent": "kd", "Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={received}-"} if received else {}
@@ -349,7 +325,7 @@ def _read(reply: http.client.HTTPResponse) -> bytes:
 
 
 class ByteProgress:
-    """Progress in bytes, shown as a bar on a terminal and otherwise as a log line every 10 %."""
+    """Progress in bytes: a bar on a terminal, otherwise a log line every 10 %."""
 
     def __init__(self, title: str, total: int | None, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
@@ -369,7 +345,7 @@ class ByteProgress:
         self.bar.stop()
 
     def advance(self, count: int) -> None:
-        """Add `count` bytes to those done."""
+        """Report `count` more bytes as done."""
         self.done += count
         self.bar.advance(self.task, count)
         if self.bar.disable and self.total and 10 * self.done // self.total > self.tenth:

@@ -1,4 +1,4 @@
-"""Samples of images with a target map: random crops for training, whole images otherwise."""
+"""Samples of images with a target map: random crops for training, whole images for evaluation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ _SAMPLE_STREAM = 3  # random numbers of samples must differ from those of the lo
 class ImageSamples(Dataset[Sample], ABC):
     """Base class of datasets of images with target maps, indexed by (epoch, position).
 
-    Samples are described in docs/batch.md. All random choices for a sample depend on (seed, epoch,
-    position) only, in any process.
+    Samples are described in docs/batch.md. A sample's augmentation depends only on (seed, epoch,
+    position).
 
     Args:
         images: Image files.
         frame: Height and width of training samples, multiples of 8.
         setting: Config key of `frame`, for error messages.
-        train: Return random crops for training; otherwise whole images, with targets at the size of
-            the image file.
-        seed: Random seed, 0 or more.
-        only: Indices into `images` of the images to use; None = all.
+        train: Return random crops for training; otherwise whole images, whose targets have the size
+            of the image file.
+        only: Indices of the images to use; None for all.
         cached: Teacher outputs to add to training samples, as `stored.NAME`.
     """
 
@@ -65,18 +64,18 @@ class ImageSamples(Dataset[Sample], ABC):
 
     @abstractmethod
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Size in multiples of 8 at which an image of size `own` = (height, width) is evaluated."""
+        """Evaluation size, in multiples of 8, of an image of size `own` = (height, width)."""
 
     @abstractmethod
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """Targets of image number `image`, of size `own`; in training, those of its crop `cut`."""
+        """Targets of image number `image` of size `own`, cropped to `cut` in training."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Number of samples in an epoch."""
         return len(self.places)
 
     def together(self, batch_size: int) -> int:
-        """Batch size that needs about as much memory as `batch_size` training samples."""
+        """Evaluation batch size that needs the memory of `batch_size` training samples, roughly."""
         if self.train:
             return batch_size
         height, width = self.seen(self._whole)
@@ -84,11 +83,10 @@ class ImageSamples(Dataset[Sample], ABC):
         return max(1, batch_size * pixels // (height * width)) if self.alike else 1
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Build the sample of (epoch, position).
+        """Load the sample of (epoch, position).
 
-        Returns:
-            `images` (3, h, w) uint8; `sizes` (2,), the height and width h, w; `image_ids` (), the
-            image's index in the split; the targets; in training, also the cached teacher outputs.
+        It contains `images` (3, h, w) uint8; `sizes` (2,), which is h and w; `image_ids` (), the
+        image's index in the split; the targets; and in training the cached teacher outputs.
         """
         epoch, position = place
         image = int(self.places[position])
@@ -128,8 +126,8 @@ def check_targets(
 ) -> None:
     """Read all images and targets once; raise a UserError that lists the first five failures.
 
-    Each split is a pair: its image files, and a function that reads the target of an image, given
-    the image's index in the split and its (height, width).
+    Each split is a pair: its image files, and a function (image index, (height, width)) that reads
+    the target of an image.
     """
     mistakes = []
     for images, target in splits:

@@ -1,4 +1,4 @@
-"""Loader that yields batches in an order that depends on (seed, epoch) only."""
+"""Loader of batches, whose order depends only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POINTERS = {"hidden": "labels"}  # key that contains row indices -> the key tha
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Join samples to a batch (docs/batch.md): concatenate rows of objects, stack the rest."""
+    """Collate samples to a batch (docs/batch.md): concatenate object rows, stack all else."""
     counts = {
         key: torch.tensor([len(sample[key]) for sample in samples])
         for key in {*_OWNERS.values(), *_POINTERS.values()} & samples[0].keys()
@@ -48,7 +48,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
 def to_device(
     batch: Mapping[str, Tensor], device: torch.device, *, channels_last: bool
 ) -> dict[str, Tensor]:
-    """Move a batch to a device; convert its images to `channels_last` memory format if asked."""
+    """Move a batch to a device; convert images to `channels_last` memory format if requested."""
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     if channels_last:
         moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
@@ -60,7 +60,7 @@ _PREFETCH = 4
 
 
 class Samples(Protocol):
-    """A dataset indexed by (epoch, position), augmented differently in each epoch if `train`."""
+    """A dataset indexed by (epoch, position); if `train`, each epoch is augmented differently."""
 
     train: bool
 
@@ -69,7 +69,7 @@ class Samples(Protocol):
         ...
 
     def together(self, batch_size: int) -> int:
-        """Batch size that needs the memory of `batch_size` training samples; 1 if shapes differ."""
+        """Batch size that needs the memory of `batch_size` training samples; 1 if sizes vary."""
         ...
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
@@ -80,8 +80,8 @@ class Samples(Protocol):
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Sampler of one rank's batches, as lists of (epoch, position).
 
-    Global batches do not depend on the number of ranks: each rank takes a contiguous part of every
-    global batch. `length` is the number of samples; for the other arguments see `SampleLoader`.
+    Each rank loads a contiguous part of every global batch, so global batches do not depend on the
+    number of ranks. `length` is the number of samples; for other arguments see `SampleLoader`.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return sum(1 for _ in self._parts(0))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the batches, beginning at `start_batch`."""
+        """Yield the batches of the epoch, beginning at `start_batch`."""
         order, epoch = self.order(self.epoch), self.epoch
         for part in self._parts(self.start_batch):
             yield [(epoch, position) for position in order[part].tolist()]
 
     def _parts(self, start_batch: int) -> Iterator[slice]:
-        """Yield this rank's slice of each global batch; skip a last batch that has none for it."""
+        """Yield this rank's non-empty slice of each global batch."""
         whole = self.length // self.batch_size * self.batch_size
         end = whole if self.drop_last else self.length
         for start in range(start_batch * self.batch_size, end, self.batch_size):
@@ -130,7 +130,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A worker's `UserError`, sent as a message because raising it would add a traceback."""
+    """Message of a `UserError` in a worker; raising the error there would add a traceback."""
 
     message: str
 
@@ -151,17 +151,14 @@ def _collate(samples: list[Sample] | _Failure) -> Sample | _Failure:
 
 
 class SampleLoader:
-    """Loader of one rank's batches (docs/batch.md); an iteration is one epoch.
-
-    Workers start with the first iteration and keep running.
+    """Loader of one rank's batches (docs/batch.md); each iteration is one epoch.
 
     Args:
-        dataset: The samples.
-        batch_size: Global batch size, over all ranks.
+        batch_size: Global batch size, summed over all ranks.
         seed: Seed of the order, 0 or more.
-        shuffle: Use a new order in each epoch; otherwise 0, 1, 2, ...
-        workers: Number of loading processes, on which batches do not depend; 0 loads in this one.
-        rank: Rank of this process.
+        shuffle: Shuffle each epoch differently; otherwise the order is 0, 1, 2, ...
+        workers: Number of worker processes, which does not affect batches; 0 loads in this process.
+            Workers persist after the first iteration.
         world: Number of ranks.
         drop_last: Drop an incomplete last global batch.
     """
@@ -208,7 +205,7 @@ class SampleLoader:
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Set the epoch of the next iteration; its first `start_batch` batches are not loaded."""
+        """Set the epoch of the next iteration, and skip its first `start_batch` batches."""
         self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
 
     def __len__(self) -> int:

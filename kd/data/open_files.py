@@ -21,7 +21,7 @@ DECODED_FIRST = 2000  # splits up to this size are decoded before training, in t
 
 
 class AnnotatedSection(Protocol):
-    """A data section; a split is a COCO JSON and its images or, in other layouts, a name."""
+    """Config section of an annotated dataset; a split is a COCO JSON with images, or a name."""
 
     @property
     def name(self) -> str: ...
@@ -42,15 +42,11 @@ def open_annotated(
     classes: Sequence[str] | None = None,
     images: bool = True,
 ) -> tuple[CocoIndex, CocoIndex]:
-    """Open and check both splits of a dataset of annotated objects.
+    """Open and check the train and val split of a dataset of annotated objects.
 
-    The embedded scenes are rendered if missing; other layouts are converted to COCO JSONs.
-
-    Args:
-        section: The config's data section.
-        layout: "coco", a name in `kd.formats.LAYOUTS` or `package.module:attribute`.
-        classes: Custom class names, for layouts that allow them.
-        images: Check the images too; set to False where only annotations are needed.
+    Missing embedded scenes are rendered; other layouts are converted to COCO JSONs. `layout` is
+    "coco", a name in `kd.formats.LAYOUTS` or `package.module:attribute`. `classes` are custom class
+    names, if the layout allows them. Set `images=False` if only annotations are needed.
     """
     if section.generate is not None:
         made = section.generate
@@ -107,7 +103,7 @@ def class_names(
 
 
 def _known_by(section: AnnotatedSection, layout: str) -> str:
-    """Relative path that the dataset's folder must contain."""
+    """Relative path by which the dataset's folder is recognised."""
     if isinstance(section.train, Split):
         return section.train.annotations
     return layout_holds(layout, section.train)

@@ -60,13 +60,10 @@ def scale_annotations(
     rescale: Callable[[int, int], Size],
     rename: Callable[[str], str],
 ) -> Json:
-    """Scale the images and annotations of a COCO JSON; other keys are copied.
+    """Scale the images and annotations of a COCO JSON, without modifying it.
 
-    Args:
-        dataset: Content of the JSON, which is not modified.
-        leave_out: Ids of images to drop, together with their annotations.
-        rescale: Returns an image's new (height, width), given the old height and width.
-        rename: Returns an image's new file name, given the old one.
+    `leave_out` lists ids of images to drop with their annotations. `rescale` maps an image's
+    (height, width) to the new size, and `rename` its file name to the new one.
     """
     images, scales = [], {}
     for entry in dataset["images"]:
@@ -120,20 +117,17 @@ def _scale_run_lengths(segment: Json, size: Size) -> Json:
 
 @dataclass(frozen=True)
 class PreparedCopy:
-    """A folder written by `prepare`; the long side of its images is at most `size` pixels."""
+    """Resized copy of a dataset, made by `prepare`; images have a long side up to `size` pixels."""
 
     folder: Path
     size: int
 
     @staticmethod
     def open(folder: Path, *, at_least: int, fingerprint: str) -> PreparedCopy:
-        """Open a prepared copy; raise a UserError unless it is complete and fits the dataset.
+        """Open a prepared copy; raise a UserError unless it is complete and matches the dataset.
 
-        Args:
-            folder: The folder that was given to `prepare` as `--out`.
-            at_least: Smallest acceptable `size`, pixels.
-            fingerprint: `CocoIndex.fingerprint` of the dataset, which must be the one that was
-                copied; names alone prove nothing, as other datasets may have the same names.
+        `at_least` is the smallest acceptable `size` in pixels. `fingerprint` is the dataset's
+        `CocoIndex.fingerprint`.
         """
         again = f"run: python -m kd.data.prepare --size {at_least} --out {folder} ..."
         settings = _read_settings(folder)
@@ -157,25 +151,18 @@ class PreparedCopy:
         return self.folder / "images" / _copy_name(file_name)
 
     def image_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the copy of an image of the given original size."""
+        """Height and width of the copy of an image whose original size is given."""
         return _copy_size(height, width, self.size)
 
 
 def prepare(
     annotations: Path, images: Path, out: Path, *, size: int, workers: int = 0
 ) -> list[str]:
-    """Write a resized copy of a dataset; calling it again resumes an interrupted copy.
+    """Write a resized copy of a dataset, or resume an interrupted copy.
 
-    Args:
-        annotations: COCO instances JSON.
-        images: Folder of its images.
-        out: Folder to write.
-        size: Long side in pixels; smaller images are not resized.
-        workers: Number of processes that resize; 0 resizes in this one.
-
-    Returns:
-        A message for each unreadable image. The new annotations omit these images and their
-        objects.
+    `size` is the long side in pixels; smaller images are not enlarged. `workers` is the number of
+    processes; 0 uses this one. Returns an error message for each unreadable image; such images are
+    omitted from the new annotations.
     """
     if size < 1:
         raise UserError(f"--size: got {size}, expected 1 pixel or more")
@@ -214,7 +201,7 @@ def prepare(
 def _copy_all(
     entries: Sequence[Json], images: Path, out: Path, size: int, workers: int
 ) -> Iterator[str | None]:
-    """Copy images; yield, in their order, None or the error message of an unreadable image."""
+    """Copy images; yield in order None, or the error message of an unreadable image."""
     copy = functools.partial(_copy_image, images, out, size)
     if workers == 0:
         yield from map(copy, entries)
@@ -255,7 +242,7 @@ def _copy_image(images: Path, out: Path, size: int, entry: Json) -> str | None:
 
 
 def _copy_name(file_name: str) -> str:
-    """Name of a copy: .jpg is appended unless it is a JPEG, as a.png may lie beside a.jpg."""
+    """File name of a copy; .jpg is appended unless the image is a JPEG."""
     return file_name if Path(file_name).suffix.lower() in _JPEG else f"{file_name}.jpg"
 
 

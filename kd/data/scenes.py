@@ -4,15 +4,13 @@
 
 writes to the folder:
 
-- `train/` and `val/`: the images, as PNG because JPEG artefacts outside the box of a hidden object
-  would reveal its class;
+- `train/` and `val/`: the images, as PNG because JPEG artefacts would reveal hidden objects;
 - `annotations/instances_{train,val}.json`: the objects;
-- `annotations/posteriors_{train,val}.npz`: the exact posterior of every object, as `object_ids`
-  (K,), `log_probs_pixels` and `log_probs_annotations` (K, C) float32; see
-  `kd.scenes.generative_model.exact_posteriors`;
+- `annotations/posteriors_{train,val}.npz`: exact posteriors, `object_ids` (K,), `log_probs_pixels`
+  and `log_probs_annotations` (K, C) float32 (`kd.scenes.generative_model.exact_posteriors`);
 - `scenes.json`: the arguments.
 
-The same arguments give the same bytes. With more scenes, a split begins with the same scenes.
+The same arguments give the same bytes. A larger split begins with the scenes of a smaller one.
 """
 
 from __future__ import annotations
@@ -75,14 +73,8 @@ def generate_scenes(
 ) -> Path:
     """Write the embedded scenes, unless `out` already contains the same ones.
 
-    Args:
-        out: Folder to create.
-        train: Number of training scenes.
-        val: Number of validation scenes.
-        size: Side of the images in pixels, a multiple of 64.
-        seed: Random seed.
-        workers: Number of processes; if above 1, the calling script needs a `__main__` guard.
-        progress: Show a progress bar.
+    `train` and `val` are numbers of scenes. `size` is the side of the images in pixels, a multiple
+    of 64. With more than one of `workers` (processes), the calling script needs a `__main__` guard.
 
     Raises:
         UserError: An argument is out of range, or `out` contains other files.
@@ -175,7 +167,7 @@ def _mapper(workers: int) -> Iterator[Any]:
 
 
 def _write_scene(folder: Path, split: str, size: int, seed: int, index: int) -> _Rendered:
-    """Sample, render and save one scene, which depends on seed, split and index only."""
+    """Sample, render and save one scene, determined by seed, split and index."""
     entropy = (seed, SPLITS.index(split), index)
     scene = sample_scene(np.random.default_rng([*entropy, 0]))
     painting = paint_scene(scene, (*entropy, 1), size=size)

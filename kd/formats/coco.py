@@ -58,15 +58,13 @@ class CocoIndex:
     class_names: tuple[str, ...]  # C names, in the order of `category_ids`
     category_ids: tuple[int, ...]  # ascending
     confusable_groups: tuple[str | None, ...]  # each class's group of confusable classes, or None
-    skipped: dict[
-        str, int
-    ]  # by reason: crowd, zero_area, outside_image, tiny (a side below 1 pixel)
-    # by kind: clipped, bad_ring, bad_run_lengths, without_segment, images_without_object
+    # By reason: crowd, zero_area, outside_image, tiny (a side below 1 pixel).
+    skipped: dict[str, int]
+    # By kind: clipped, bad_ring, bad_run_lengths, without_segment, images_without_object.
     notes: dict[str, int]
     fingerprint: str  # hash of the JSON, with the version of the reader
-    scored: npt.NDArray[np.bool_] | None = (
-        None  # (M,), False for objects that are never hidden or scored
-    )
+    # (M,), False for context objects that are never hidden or scored; None if there are none.
+    scored: npt.NDArray[np.bool_] | None = None
     crowds: CocoIndex | None = None  # None if there are no crowds
 
     @property
@@ -145,8 +143,7 @@ def load_coco(
     `categories_from` is a dataset that must have the same categories, such as the train split.
 
     Raises:
-        UserError: The JSON is missing or invalid, images are missing, the categories differ, or the
-            index cannot be written.
+        UserError: A file is missing or invalid, categories differ, or the index cannot be written.
     """
     json_file, images = Path(annotation_file), Path(image_folder)
     folder = up_to_date_index(json_file)

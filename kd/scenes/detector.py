@@ -2,10 +2,9 @@
 
     python -m kd.scenes.detector --scenes datasets/scenes --split val --out results.json
 
-The boxes are inexact by a few per cent, some objects are missed, and some boxes contain no object.
-The *look* of an object is recognised with a random confidence. This score is divided at random
-among the classes with this look, so that a box has several classes with nearly equal scores, as in
-the output of real detectors. Neither the scene nor other objects influence the results. The same
+Boxes are slightly inexact, some objects are missed, and some boxes contain no object. The score of
+an object's *look* is divided at random among the classes with this look, so a box has several
+classes with similar scores. Neither the scene nor other objects influence a box's results. The same
 arguments always give the same bytes.
 """
 
@@ -37,7 +36,7 @@ Json = dict[str, Any]
 
 
 def detect(content: Json, *, seed: int = 0) -> list[Json]:
-    """Simulate COCO results for the content of a scenes file, whose categories have a `look`."""
+    """Simulate COCO results for the content of a scenes JSON, whose categories have a `look`."""
     by_look: dict[str, list[int]] = {}
     for category in content["categories"]:
         by_look.setdefault(category["look"], []).append(int(category["id"]))
@@ -70,7 +69,7 @@ def _detections(
     looks: list[list[int]],
     random: np.random.Generator,
 ) -> list[Json]:
-    """Simulate all detections of one box, one per class; `looks` has the class ids of each look."""
+    """Simulate the detections of one box, one per class; `looks` lists each look's class ids."""
     size = (image["width"], image["height"])
     place = _jitter_box(np.asarray(box, dtype=np.float64), size, random)
     logit = float(random.normal(*logits))
@@ -87,7 +86,7 @@ def _detections(
 def _classify(
     categories: list[int], logit: float, random: np.random.Generator
 ) -> list[tuple[int, float]]:
-    """Split the score of a look randomly among its categories."""
+    """Divide the score of a look at random among its categories."""
     weights = np.exp(random.normal(0.0, CLASS_NOISE, len(categories)))
     scores = weights / weights.sum() / (1 + np.exp(-logit))
     return list(zip(categories, scores.tolist(), strict=True))
@@ -96,7 +95,7 @@ def _classify(
 def _jitter_box(
     box: np.ndarray[Any, np.dtype[np.float64]], size: tuple[int, int], random: np.random.Generator
 ) -> list[float]:
-    """Perturb a box (x, y, width, height), and clip it to the image."""
+    """Perturb a box (x, y, width, height) and clip it to the image."""
     sides = box[2:] * np.exp(random.normal(0.0, STRETCH, 2))
     centre = box[:2] + box[2:] / 2 + random.normal(0.0, SHIFT, 2) * box[2:]
     low = np.clip(centre - sides / 2, 0, np.array(size) - 1.0)

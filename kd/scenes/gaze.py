@@ -1,8 +1,7 @@
 """Simulated fixations on annotated scenes, to run saliency without eye-tracking data.
 
-Observers fixate objects, the centre, and random points. People and animals attract most fixations,
-and observers differ in their preferences. The simulation is for running and testing the code, not
-for describing humans.
+Observers fixate objects (mostly people and animals), the image centre and random points. The
+simulation serves to test the code; it does not describe humans.
 """
 
 from __future__ import annotations
@@ -29,12 +28,7 @@ _STREAM = 11  # separates this random stream from others
 
 @dataclass(frozen=True)
 class SceneGaze:
-    """Simulate fixations on annotated images; the same arguments give the same fixations.
-
-    Args:
-        index: The annotated images.
-        seed: Seed of the observers' random choices.
-    """
+    """Simulate fixations on the images of `index`; the same `seed` gives the same fixations."""
 
     index: CocoIndex
     seed: int = 0

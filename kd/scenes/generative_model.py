@@ -3,14 +3,12 @@
 A scene is sampled in this order; every factor is a normalised distribution:
 
 1. the kind of scene (harbour, kitchen, ...), uniform, and the horizon, which only affects pixels;
-2. the number of objects and their centres, independent of kind and class. The row of a centre
-determines the object's place (top, middle, bottom), so that a box alone gives the place;
+2. the number of objects and their centres, independent of kind and class; the centre's row gives
+the object's place (top, middle, bottom);
 3. the classes, from left to right: `p(c_i | kind, c_<i) = softmax_c(log_base[kind, place_i, c] +
-sum_j<i pull[c, c_j] * nearness_ij)`, that is, what belongs at the place and what occurs next to the
-objects on the left;
-4. width and height of each box, even numbers, given class and place.
+sum_j<i pull[c, c_j] * nearness_ij)`;
+4. width and height of each box, even integers, given class and place.
 
-Centres and sizes are integers, so boxes are stored without rounding and the posterior is exact.
 Classes with the same look have the same sizes: only context separates them.
 """
 
@@ -45,44 +43,26 @@ HORIZONS = (18, 25)  # smallest and largest row of the horizon
 
 @dataclass(frozen=True)
 class World:
-    """Parameters of the model, for K kinds, P places, C classes and S sizes.
+    """Parameters of the model, for K kinds, P places, C classes and S sizes."""
 
-    Attributes:
-        kinds: Names of the kinds of scenes.
-        classes: Names of the classes.
-        looks: (C,) index of each class's look; classes with the same look are confusable.
-        log_base: (K, P, C) log weight of each class, up to a constant.
-        pull: (C, C) symmetric; increase of a class's log odds by another class at distance 0.
-        log_width: (C, P, S) log probability of each of `SIZES` as the width.
-        log_height: (C, P, S) log probability of each of `SIZES` as the height.
-        reach: Range of the pull, in units of the canvas.
-    """
-
-    kinds: tuple[str, ...]
-    classes: tuple[str, ...]
-    looks: Ints
-    log_base: Floats
-    pull: Floats
-    log_width: Floats
-    log_height: Floats
-    reach: float
+    kinds: tuple[str, ...]  # names of the kinds of scenes
+    classes: tuple[str, ...]  # names of the classes
+    looks: Ints  # (C,), index of each class's look; classes with the same look are confusable
+    log_base: Floats  # (K, P, C), log weight of each class, up to a constant
+    pull: Floats  # (C, C) symmetric, change of a class's log odds by another class at distance 0
+    log_width: Floats  # (C, P, S), log probability of each of `SIZES` as the width
+    log_height: Floats  # (C, P, S), log probability of each of `SIZES` as the height
+    reach: float  # range of the pull, in units of the canvas
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A sampled scene before rendering, with its objects ordered from left to right.
+    """A sampled scene before rendering; its n objects are ordered from left to right."""
 
-    Attributes:
-        kind: Index into the world's kinds.
-        horizon: Row of the horizon, in units of the canvas; affects the image only.
-        classes: (n,) class of each object.
-        boxes: (n, 4) x, y, width, height in integer units of the canvas.
-    """
-
-    kind: int
-    horizon: int
-    classes: Ints
-    boxes: Ints
+    kind: int  # index into the world's kinds
+    horizon: int  # row of the horizon, in units of the canvas; affects the image only
+    classes: Ints  # (n,), class of each object
+    boxes: Ints  # (n, 4), x, y, width, height in integer units of the canvas
 
     @property
     def places(self) -> Ints:
@@ -128,10 +108,7 @@ def _repulsions() -> dict[str, list[str]]:
 
 
 def _log_sizes(typical: npt.NDArray[Any]) -> Floats:
-    """Compute discretised log-normal distributions (C, P, S) around typical sizes (C,).
-
-    Sizes are larger at places in the foreground.
-    """
+    """Discretised log-normal distributions of sizes around `typical` (C,), by place: (C, P, S)."""
     centre = np.log(typical[:, None, None] * np.array(tables.PLACE_SCALE)[None, :, None])
     log_weight = -((np.log(SIZES) - centre) ** 2) / (2 * tables.SIZE_SPREAD**2)
     return np.asarray(log_softmax(log_weight, axis=-1))
@@ -141,14 +118,14 @@ WORLD = build_world()
 
 
 def place_of(boxes: Ints) -> Ints:
-    """Find the place (top, middle, bottom) of each box (n, 4) by the row of the box's centre."""
+    """Find the place (top, middle, bottom) of each box (n, 4) from the row of its centre."""
     rows = boxes[:, 1] + boxes[:, 3] / 2
     edges = [(above[1] + below[0]) / 2 for above, below in pairwise(BANDS)]
     return np.asarray(np.searchsorted(edges, rows), dtype=np.int64)
 
 
 def nearness(boxes: Ints, reach: float) -> Floats:
-    """Compute the strength of interaction (n, n) between boxes (n, 4), 1 at distance 0."""
+    """Interaction strength (n, n) between boxes (n, 4): 1 at distance 0."""
     centres = boxes[:, :2] + boxes[:, 2:] / 2
     near: Floats = np.exp(-((centres[:, None] - centres) ** 2).sum(axis=2) / (2 * reach**2))
     return near
@@ -179,7 +156,7 @@ def _draw(rng: np.random.Generator, log_probs: Floats) -> int:
 
 
 def _sample_centres(rng: np.random.Generator) -> Ints:
-    """Sample centres (n, 2), from left to right; centres too close to others are sampled again."""
+    """Sample centres (n, 2), ordered from left to right, with a minimum distance."""
     count = int(rng.integers(COUNTS[0], COUNTS[1] + 1))
     centres: list[tuple[int, int]] = []
     while len(centres) < count:
@@ -192,22 +169,14 @@ def _sample_centres(rng: np.random.Generator) -> Ints:
 
 
 def exact_posteriors(scene: Scene, *, given: Given = "pixels", world: World = WORLD) -> Floats:
-    """Exact class posterior of each object of a scene when only that object is hidden.
-
-    The hidden object's box is known; the posterior does not depend on the object's own class.
+    """Exact class posterior (n, C) of each object when only that object is hidden.
 
     Args:
-        scene: The scene.
-        given: Evidence on which the posterior is conditioned. With `pixels` it is conditioned on
-            the kind of scene, all boxes, and the *look* of the other objects, as if these were
-            recognised perfectly in the image; confusable classes are summed over. With
-            `annotations` it is conditioned on all boxes and the classes of the other objects, and
-            kinds of scenes are summed over. With `both` it is conditioned on kind, boxes and
-            classes.
+        scene: The scene; boxes are always given, the hidden object's class never.
+        given: Further evidence. `pixels`: the kind of scene and the *look* of the other objects.
+            `annotations`: the classes of the other objects. `both`: the kind of scene and the
+            classes of the other objects.
         world: The model.
-
-    Returns:
-        (n, C) probabilities.
     """
     if given not in get_args(Given):
         raise UserError(f"given: got {given!r}, expected one of {', '.join(get_args(Given))}")
@@ -235,14 +204,12 @@ def _product(options: Sequence[Ints]) -> Ints:
 
 
 def log_density(boxes: Ints, classes: Ints, kinds: Ints, *, world: World = WORLD) -> Floats:
-    """Joint log density (K, A) of kind, classes and sizes, for many class assignments at once.
-
-    The density of the centres is left out, because it is the same for all assignments.
+    """Joint log density (K, A) of kind, classes and sizes, without the centres' constant density.
 
     Args:
-        boxes: (n, 4), left to right.
-        classes: (A, n) class assignments.
-        kinds: (K,) kinds to evaluate.
+        boxes: (n, 4), ordered from left to right.
+        classes: (A, n) class assignments to evaluate.
+        kinds: (K,) kinds of scenes to evaluate.
         world: The model.
     """
     count, options = classes.T.shape

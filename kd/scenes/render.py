@@ -1,8 +1,8 @@
 """Render embedded scenes: background, objects, light and sensor noise.
 
-The appearance of an object depends on its look, not on its class, and does not extend beyond its
-box: there is no shadow, and no blur across the edge. Each object, the background and the noise have
-separate random generators, so that omitting an object changes no pixel outside its box.
+An object's appearance depends on its look, not on its class, and stays inside its box. Objects,
+background and noise have separate random generators, so omitting an object changes no pixel outside
+its box.
 """
 
 from __future__ import annotations
@@ -29,17 +29,13 @@ NOISE = 5.0  # standard deviation of the sensor noise, of 255
 
 @dataclass(frozen=True)
 class Painting:
-    """A rendered scene.
+    """A rendered scene: the image and, for each object, its outlines and area."""
 
-    Attributes:
-        image: (size, size, 3) RGB.
-        outlines: For each object polygons inside its box, as flat lists of x, y in pixels.
-        areas: For each object the number of pixels of its shape, including occluded pixels.
-    """
-
-    image: Bytes
-    outlines: list[list[list[float]]]
-    areas: list[int]
+    image: Bytes  # (size, size, 3), RGB
+    outlines: list[
+        list[list[float]]
+    ]  # for each object, polygons inside its box as flat x, y in pixels
+    areas: list[int]  # for each object, the pixels of its shape, including occluded ones
 
 
 _LOOK_NAMES = tuple(LOOK_SIZES)
@@ -53,14 +49,10 @@ def paint_scene(
     omit: Collection[int] = (),
     world: World = WORLD,
 ) -> Painting:
-    """Render a scene.
+    """Render a scene; nearer objects (lower in the image) occlude farther ones.
 
-    Args:
-        scene: Scene to render; nearer objects (lower in the image) occlude farther ones.
-        seed: Random seed of the rendering.
-        size: Side of the image in pixels, a multiple of 64.
-        omit: Indices of objects to leave out; everything else is unchanged.
-        world: The model, for the look of each class and the name of the kind of scene.
+    `size` is the side of the image in pixels, a multiple of 64. `omit` lists the indices of objects
+    to leave out; everything else is unchanged.
     """
     scale = size // CANVAS
     entropy = seed if isinstance(seed, tuple) else (seed,)
@@ -85,11 +77,10 @@ def paint_scene(
 def paint_object(
     look: str, width: int, height: int, rng: np.random.Generator
 ) -> tuple[Floats, Floats, list[list[float]]]:
-    """Draw one object.
+    """Draw one object: colours, cover and outline.
 
-    Returns:
-        Colours (height, width, 3) in 0..255 times cover, cover (height, width) in 0..1, and the
-        polygons of its outline as flat x, y lists.
+    Colours (height, width, 3) are in 0..255, multiplied by the cover (height, width) in 0..1. The
+    outline is a list of polygons, each a flat list of x, y.
     """
     outline = _outline_of(look)
     shift = (rng.normal(0.0, 7.0, 3) + rng.normal(0.0, 9.0)).tolist()
@@ -118,17 +109,11 @@ def paint_object(
 
 @dataclass(frozen=True)
 class _Outline:
-    """The shapes of a look, concatenated so that one operation transforms them all.
+    """The shapes of a look, concatenated so that one operation transforms them all."""
 
-    Attributes:
-        points: (P, 2) corners of all shapes in a unit square; ellipses are polygons.
-        wobble: (P, 1) standard deviation of each corner's random shift; 0 for ellipses.
-        starts: Index of the start of each shape in the flattened points, and their length.
-    """
-
-    points: Floats
-    wobble: Floats
-    starts: list[int]
+    points: Floats  # (P, 2), corners of all shapes in a unit square; ellipses are polygons
+    wobble: Floats  # (P, 1), standard deviation of each corner's random shift; 0 for ellipses
+    starts: list[int]  # start of each shape in the flattened points, and their length
 
 
 @cache
@@ -221,7 +206,7 @@ _TEXTURES: dict[Texture, Callable[[int, int, np.random.Generator], Any]] = {
 
 
 def _expose(canvas: Floats, rng: np.random.Generator) -> Bytes:
-    """Apply brightness, colour cast and sensor noise, independently per pixel."""
+    """Apply brightness, colour cast and sensor noise to the canvas."""
     gain = (rng.normal(1.0, 0.08) * rng.normal(1.0, 0.03, 3)).astype(np.float32)
     noise = rng.normal(0.0, NOISE, canvas.shape).astype(np.float32)
     return np.asarray(np.clip(canvas * gain + noise, 0, 255), dtype=np.uint8)

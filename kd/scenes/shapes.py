@@ -12,19 +12,14 @@ Ground = tuple[Colour, Texture]
 
 @dataclass(frozen=True)
 class Shape:
-    """One filled shape of a look, in a unit square.
+    """One filled shape of a look, in a unit square."""
 
-    Attributes:
-        form: `ellipse` has two corners, `polygon` three or more points.
-        colour: RGB before the object's random shift.
-        points: x, y pairs in 0..1.
-        outline: Whether the shape is part of the silhouette, as opposed to a detail inside it.
-    """
-
-    form: Literal["ellipse", "polygon"]
-    colour: Colour
-    points: tuple[tuple[float, float], ...]
-    outline: bool = True
+    form: Literal[
+        "ellipse", "polygon"
+    ]  # an ellipse has two corners, a polygon three or more points
+    colour: Colour  # RGB before the object's random shift
+    points: tuple[tuple[float, float], ...]  # x, y in 0..1
+    outline: bool = True  # part of the silhouette, not a detail inside it
 
 
 def _ellipse(colour: Colour, *corners: float, outline: bool = True) -> Shape:

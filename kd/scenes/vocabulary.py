@@ -1,7 +1,6 @@
-"""Vocabulary of the embedded scenes: kinds of scenes, and where and with what each class occurs.
+"""Vocabulary of the embedded scenes: their kinds, and where and next to what each class occurs.
 
-The numbers were tuned by measurement, see `kd.data.scenes`. Changing one changes the fingerprint of
-the generated datasets.
+Changing a number changes the fingerprint of the generated datasets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Read cached teacher outputs for a sample, and transform feature maps like the sample's image.
+"""Read cached teacher outputs for a sample, and augment feature maps like the sample's image.
 
-A sample's augmentation is applied to a cached map by bilinear sampling.
-`kd.teacher_cache.equivariance` measures how close the result is to the teacher's output for the
-augmented image.
+`kd.teacher_cache.equivariance` measures how close an augmented feature map is to the teacher's
+output for the augmented image.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _DOWNSCALE_FROM = 1.5  # downscaling by a larger factor than this is antialiased
 
 
 class CachedField:
-    """A cached output of a teacher, looked up by annotation or image id.
+    """A cached teacher output, looked up by annotation or image id.
 
     Args:
-        store: Store with the field `values`, and `indices` if only the top k channels were stored.
-            Outputs for mirrored images, if stored, are in fields with the prefix `mirrored_`.
+        store: Store with the field `values`, and `indices` if only the top k channels are stored.
+            Fields with the prefix `mirrored_` have the outputs for mirrored images.
         name: The output's key in a sample is `stored.NAME`.
-        channels: Number of channels of the teacher's output, needed if only the top k are stored.
+        channels: Number of channels of the teacher's output; needed if only the top k are stored.
         stride: Pixels of a crop per cell of its feature map.
     """
 
@@ -53,18 +52,11 @@ class CachedField:
     def __call__(
         self, object_ids: NDArray[np.int64], plan: Plan, size: tuple[int, int], frame: int
     ) -> Tensor:
-        """Read the outputs for a sample's hidden objects and augment feature maps like the image.
+        """Read the outputs for hidden objects, (K, *shape); augment feature maps like the image.
 
-        The stored maps cover the image after it was padded to a square.
-
-        Args:
-            object_ids: (K,) annotation ids.
-            plan: Augmentation of the image.
-            size: Height and width of the image before the augmentation, at any scale.
-            frame: Side of the augmented square image, pixels.
-
-        Returns:
-            (K, *shape).
+        Stored feature maps cover the image padded to a square. `object_ids` (K,) are annotation
+        ids. `size` is the (height, width) of the image before augmentation, at any scale. `frame`
+        is the side of the augmented square image in pixels.
         """
         prefix = ""
         if plan.flip and f"{MIRRORED}values" in self.store.fields:
@@ -79,16 +71,11 @@ class CachedField:
     def cropped(
         self, image: int, crop: Crop, size: tuple[int, int], frame: tuple[int, int]
     ) -> Tensor:
-        """Read the output for an image; a feature map is cropped like the image.
+        """Read the output for the image with id `image`; crop a feature map like the image.
 
-        Args:
-            image: The image's id.
-            crop: The crop.
-            size: Height and width of the image.
-            frame: Height and width of the crop, pixels.
-
-        Returns:
-            (1, C, h, w) with a cell per `stride` pixels of the crop; (1, *shape) if not a map.
+        `size` and `frame` are the (height, width) of the image and the crop in pixels. Returns a
+        feature map (1, C, h, w) with one cell per `stride` pixels of the crop, or (1, *shape) for
+        other outputs.
         """
         prefix = ""
         if crop.flip and f"{MIRRORED}values" in self.store.fields:
@@ -117,17 +104,15 @@ def resample(
 ) -> Tensor:
     """Resample feature maps of an image to the grid of a geometrically transformed image.
 
+    Cells outside the image repeat its edge. Downscaling is antialiased.
+
     Args:
-        maps: (K, C, h, w), which cover the whole image.
-        sources: (2, 3) affine map from (x, y, 1) in pixels of the transformed image to (x, y) in
-            pixels of the image.
+        maps: (K, C, h, w), covering the whole image.
+        sources: (2, 3) affine map from (x, y, 1) in the transformed image to (x, y) in the image,
+            in pixels.
         size: Height and width of the image.
         frame: Height and width of the transformed image.
-        grid: Rows and columns of the result.
-
-    Returns:
-        (K, C, *grid) of the same dtype. Cells outside the image repeat its edge. If the grid is
-        coarser than the maps, several cells of the maps are averaged.
+        grid: Height and width of the result, (K, C, *grid).
     """
     steps = (
         np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid
@@ -147,7 +132,7 @@ def resample(
 
 
 def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
-    """Scale height and width down by `factors`, each only if it is above `_DOWNSCALE_FROM`."""
+    """Scale height and width down by those of `factors` that are above `_DOWNSCALE_FROM`."""
     shape = [
         round(side / factor) if factor > _DOWNSCALE_FROM else side
         for side, factor in zip(maps.shape[2:], factors.tolist(), strict=True)
@@ -161,18 +146,16 @@ def _downscale(maps: Tensor, factors: NDArray[np.float64]) -> Tensor:
 
 
 def top_k_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Compute the log-probabilities of the `count` most likely classes, to store less.
+    """Log-probabilities and indices (uint8 or int16) of the `count` most likely classes.
 
-    Returns:
-        Log-probabilities and class indices (uint8 or int16) of (K, C, ...) logits, (K, count, ...)
-        each.
+    `logits` are (K, C, ...); both results are (K, count, ...).
     """
     values, indices = logits.float().log_softmax(dim=1).topk(count, dim=1)
     return values, indices.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
 def expand(values: Tensor, indices: Tensor, channels: int) -> Tensor:
-    """Undo `top_k_log_probs`: log-probabilities (K, channels, ...) of the same dtype as `values`.
+    """Undo `top_k_log_probs`: (K, channels, ...) log-probabilities in the dtype of `values`.
 
     The probability that was not stored is spread evenly over the other classes.
     """

@@ -1,10 +1,8 @@
 """Store of records by id: safetensors shards in a folder, on local disk or object storage.
 
-All records have the same fields, each of one dtype and shape. Any number of processes may read
-records by id, in any order. A shard's file name contains its number and the checksum of its
-content. A listing of the folder therefore shows which shards exist: an interrupted run continues
-with the missing ones, and corrupt ones are found and rebuilt. The measurements that led to this
-format are in `docs/results/cost.md`.
+All records have the same fields, each with a fixed dtype and shape. Any number of processes may
+read at once. A shard's file name contains its number and checksum, so missing and corrupt shards
+are found and rebuilt. `docs/results/cost.md` compares storage formats.
 """
 
 from __future__ import annotations
@@ -54,8 +52,8 @@ class Field:
 class Shard:
     """Reader of a safetensors file in which row i of each tensor belongs to record i.
 
-    `url` is the store's URL, which selects the fsspec file system; `path` is the file's path in
-    that file system. If `local`, the file is memory-mapped.
+    `url` is the store's URL, which selects the fsspec file system; `path` is the file's path there.
+    Local files are memory-mapped.
     """
 
     def __init__(self, url: str, path: str, *, local: bool) -> None:
@@ -84,7 +82,7 @@ class Shard:
     def read_into(
         self, out: Mapping[str, NDArray[Any]], places: Sequence[int], rows: Sequence[int]
     ) -> None:
-        """For each field of `out`, copy the shard's `rows` to the indices `places` of its array."""
+        """Copy the shard's `rows` of each field in `out` to the positions `places` of its array."""
         starts: list[int] = []
         ends: list[int] = []
         for name in out:
@@ -113,11 +111,9 @@ class Shard:
 
 @functools.lru_cache(maxsize=64)
 def _mapped(path: str, size: int, changed: int) -> NDArray[np.uint8]:
-    """Memory-map a file; the cache limits the number of open files.
+    """Memory-map a file; a cache limits the number of open files.
 
-    The map is not an attribute of a shard because shards are pickled for workers. Size and time are
-    arguments so that a changed file is mapped again: reading beyond the end of a file that was
-    truncated would kill the process.
+    The arguments `size` and `changed` (time) make the cache map a modified file again.
     """
     return np.memmap(path, np.uint8, "r")
 
@@ -132,8 +128,7 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 class Store:
     """Sharded records in one folder, read by id.
 
-    Args:
-        url: A local path, or any URL that fsspec opens: `s3://...`, `filecache::https://...`.
+    `url` is a local path, or any URL that fsspec opens: `s3://...`, `filecache::https://...`.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -151,14 +146,14 @@ class Store:
 
     @property
     def _files(self) -> Any:
-        """The file system, looked up at each use because a fork must not share an fsspec object."""
+        """The fsspec file system, looked up at each use: forked processes must not share it."""
         return fsspec.url_to_fs(self.url)[0]
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def manifest(self) -> dict[str, Any] | None:
-        """Read the manifest: format, `about`, number of shards and notes; None if there is none."""
+        """Read the manifest: format, `about`, number of shards and notes; None if missing."""
         try:
             content = json.loads(self._files.cat_file(self._path(_MANIFEST)))
         except FileNotFoundError:
@@ -171,10 +166,10 @@ class Store:
         return dict(content)
 
     def create(self, about: Mapping[str, Any], shards: int, **notes: Any) -> None:
-        """Create a store that will have `shards` shards; remove the shards of an earlier store.
+        """Create a store for `shards` shards, removing the shards of an earlier store.
 
-        `about` contains everything that the records depend on, for `check_about` to compare;
-        `notes` are further entries of the manifest.
+        `about` has everything that the records depend on, for `check_about` to compare. `notes` are
+        other entries of the manifest.
         """
         for name in self._names():
             self._remove(name)
@@ -182,7 +177,7 @@ class Store:
         self._write(_MANIFEST, json.dumps(content, indent=1).encode())
 
     def check_about(self, about: Mapping[str, Any]) -> None:
-        """Raise a UserError that lists the differences if the manifest has another `about`."""
+        """Raise a UserError listing the differences if the manifest's `about` is different."""
         manifest = self.manifest()
         there = {} if manifest is None else manifest["about"]
         differences = [
@@ -197,11 +192,11 @@ class Store:
             )
 
     def present(self) -> dict[int, str]:
-        """File names of the existing shards, keyed by their numbers."""
+        """File names of the existing shards by shard number."""
         return {int(name.partition("-")[0]): name for name in self._names()}
 
     def _names(self) -> list[str]:
-        """Names of all shard files; two runs at once may write two files for one shard number."""
+        """Names of all shard files; concurrent runs may have written two files for one shard."""
         files = self._files
         files.invalidate_cache(self._root)  # other processes may have written here
         try:
@@ -217,16 +212,16 @@ class Store:
         return [n for n in range(manifest["shards"] if manifest else 0) if n not in there]
 
     def write_shard(self, number: int, records: Mapping[str, NDArray[Any]]) -> None:
-        """Write shard `number` atomically; `records` has fields of equal length and `ids`."""
+        """Write shard `number` atomically; `records` has `ids` and fields of the same length."""
         arrays = {name: np.ascontiguousarray(array) for name, array in records.items()}
         content = save(arrays, metadata={"format": FORMAT})
         self._write(f"{number:05d}-{_checksum(content)}.safetensors", content)
         self._shards = None
 
     def remove_corrupt(self) -> list[str]:
-        """Verify each shard against the checksum in its name; remove and return corrupt ones.
+        """Remove shards that do not match the checksum in their names; return their file names.
 
-        A shard that was verified before is read again only if its size, time or ETag has changed.
+        A verified shard is read again only if its size, time or ETag has changed.
         """
         known, verified, corrupt = self._verified(), {}, []
         for name in self._names():
@@ -258,7 +253,7 @@ class Store:
         return content if isinstance(content, dict) else {}
 
     def _fingerprint(self, name: str) -> list[int | str] | None:
-        """A value that changes whenever the file does; None if the file system offers none."""
+        """A value that changes whenever the file does; None if the file system has none."""
         if self._local:
             status = Path(self._path(name)).stat()
             return [status.st_size, status.st_mtime_ns]
@@ -301,7 +296,7 @@ class Store:
     def read(
         self, ids: Sequence[int] | NDArray[np.int64], names: Sequence[str] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Read the records of K ids: for each field in `names` (None = all), (K, *shape)."""
+        """Read the records of K ids: (K, *shape) for each field in `names` (None: all)."""
         shards = self._open()
         wanted = np.asarray(ids, dtype=np.int64)
         places = np.minimum(np.searchsorted(self._sorted, wanted), max(len(self._sorted) - 1, 0))

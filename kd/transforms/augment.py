@@ -1,8 +1,7 @@
-"""Random augmentations, which are first sampled as a plan and then applied.
+"""Random augmentations, each sampled as a plan and then applied to images, boxes and masks.
 
-Geometric transforms use torchvision's `transforms.v2.functional`, which dispatches on the type of
-the input, so that images, boxes and masks are transformed alike. All colour changes of an image are
-combined to one matrix product.
+Geometric transforms are those of torchvision's `transforms.v2.functional`. All colour changes of an
+image are combined into one matrix product.
 """
 
 from __future__ import annotations
@@ -45,12 +44,9 @@ class ColourChange:
     order: tuple[int, int, int] = (0, 1, 2)
 
     def matrix(self, mean: Matrix) -> tuple[Matrix, Matrix]:
-        """Combine all changes into one affine map of RGB values in 0..255.
+        """Combine all changes into one affine map of RGB in 0..255: weights (3, 3), offsets (3,).
 
-        `mean` (3,) is the mean RGB of the image, which a change of contrast does not change.
-
-        Returns:
-            Weights (3, 3) and offsets (3,).
+        `mean` (3,) is the mean RGB of the image, which contrast changes leave unchanged.
         """
         weight = np.eye(3) * self.brightness
         offset = np.array(self.rgb_shift) * self.brightness
@@ -98,11 +94,9 @@ class Plan:
     Attributes:
         size: Height and width of the result, pixels.
         crop: Top, left, height and width of the crop, which is scaled to `size`; None for no crop.
-        flip: Whether to mirror left and right.
-        shift: Shift to the right and down, pixels; vacated pixels are 0.
-        angle: Rotation in degrees, anticlockwise about the centre; vacated corners are 0.
-        blur: Standard deviation of a Gaussian blur in pixels, 0 for no blur.
-        colour: Colour changes, or None.
+        shift: Pixels to the right and down; vacated pixels are 0.
+        angle: Degrees anticlockwise about the centre; vacated corners are 0.
+        blur: Standard deviation of a Gaussian blur in pixels; 0 for no blur.
     """
 
     size: tuple[int, int]
@@ -128,7 +122,7 @@ class Plan:
         return moved  # type: ignore[no-any-return]
 
     def image(self, image: Tensor) -> Tensor:
-        """Apply geometric transforms, blur and colour to (3, H, W) uint8: (3, *size) uint8."""
+        """Apply geometric transforms, blur and colour changes to (3, H, W) uint8: (3, *size)."""
         changed: Tensor = self.move(tv_tensors.Image(image)).as_subclass(Tensor)
         if self.blur:
             changed = F.gaussian_blur(changed, [_BLUR_KERNEL] * 2, [self.blur] * 2)
@@ -140,10 +134,7 @@ class Plan:
         return self.crop is None and not (self.flip or self.angle or self.shift != (0, 0))
 
     def of_mirrored(self, size: tuple[int, int]) -> Plan:
-        """Return a plan that gives the same result if its input is already mirrored.
-
-        The new plan has no flip, and its crop is mirrored in the image of `size`.
-        """
+        """Return the plan that gives the same result on the mirrored image of `size`."""
         crop = self.crop
         if crop is not None:
             top, left, height, width = crop
@@ -151,11 +142,7 @@ class Plan:
         return replace(self, flip=False, crop=crop)
 
     def sources(self, size: tuple[int, int]) -> Matrix:
-        """Compute the affine map from pixels of the result to pixels of the input of `size`.
-
-        Returns:
-            Matrix (2, 3), whose product with (x, y, 1) in the result is (x, y) in the input.
-        """
+        """Affine map (2, 3) from (x, y, 1) in the result to (x, y) in the input of `size`."""
         height, width = self.size
         # Inverted in reverse order: rotation about the centre, shift, flip, crop and scale.
         radians = math.radians(self.angle)
@@ -176,9 +163,9 @@ class Plan:
         return self.move(tv_tensors.Mask(masks)).as_subclass(Tensor)  # type: ignore[no-any-return]
 
     def boxes(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """Apply the geometric transforms to boxes (M, 4), xyxy pixels, without clipping.
+        """Apply the geometric transforms to (M, 4) xyxy pixel boxes of an image; do not clip them.
 
-        `size` is height and width of the input image.
+        `size` is the height and width of the image.
         """
         canvas: Any = {"format": "XYXY", "canvas_size": size, "clamping_mode": None}
         moved: Tensor = self.move(tv_tensors.BoundingBoxes(boxes, **canvas)).as_subclass(Tensor)
@@ -189,20 +176,19 @@ class Plan:
 class Augment:
     """Random augmentation of a training image at its working size.
 
-    The attributes `flip` to `jitter` are independent probabilities; the others are magnitudes.
+    The fields from `flip` to `jitter` are independent probabilities. `flip` mirrors left and right,
+    `shuffle` permutes the colour channels, and `grey` removes the colour.
 
     Attributes:
-        flip: Probability of mirroring left and right.
-        shift: Probability of shifting by up to `max_shift`, a fraction of width and height.
-        rotate: Probability of rotating by up to `max_angle` degrees.
-        crop: Probability of cropping a part, whose fraction of the image's area is in `crop_scale`,
-            and scaling it back to the long side of the image.
-        rgb_shift: Probability of adding up to +-`max_rgb_shift` (of 255) to each channel.
-        shuffle: Probability of permuting the channels.
-        grey: Probability of removing the colour.
-        blur: Probability of a Gaussian blur, with a standard deviation of up to `max_blur` pixels.
-        jitter: Probability of multiplying brightness, contrast and saturation by factors in
-            1 +- `max_jitter` and shifting the hue by up to +-`max_hue` of the colour circle.
+        max_shift: Largest shift, as a fraction of width and height.
+        max_angle: Largest rotation in degrees.
+        crop_scale: Range of the crop's fraction of the image area. The crop is enlarged to the
+            image's long side.
+        max_rgb_shift: Largest change of each channel by `rgb_shift`, of 255.
+        max_blur: Largest standard deviation of the Gaussian blur in pixels.
+        max_jitter: `jitter` multiplies brightness, contrast and saturation by 1 +- this value at
+            most.
+        max_hue: Largest hue shift by `jitter`, as a fraction of the colour circle.
         min_visible: Objects are dropped if a smaller fraction of their box stays in the image.
     """
 
@@ -239,10 +225,10 @@ class Augment:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], *, frame: int | None = None
     ) -> Plan:
-        """Sample the augmentation of one image of `size` (height, width).
+        """Sample the augmentation of one image of `size` = (height, width).
 
-        `frame` is the side of a square into which the result must fit; None for no limit. Larger
-        images are cropped to this square at a random position, and `crop` is not used for them.
+        If `frame` is given, the result must fit into a square of this side. Larger images are
+        cropped to the square at a random position, instead of by `crop`.
         """
         chosen = dict(zip(_PROBABILITIES, random.random(len(_PROBABILITIES)).tolist(), strict=True))
         enabled = {name: value < getattr(self, name) for name, value in chosen.items()}
@@ -308,17 +294,10 @@ def check_fractions(options: object, names: Iterable[str]) -> None:
 def visible(
     boxes: Tensor, size: tuple[int, int], min_visible: float, *, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Clip boxes to the image and mark the boxes of which enough stays visible.
+    """Clip (M, 4) xyxy boxes to the image; also return which are still visible, (M,) bool.
 
-    Args:
-        boxes: (M, 4) xyxy pixels.
-        size: Height and width of the image.
-        min_visible: Smallest fraction of a box's area that must stay in the image.
-        whole: The boxes before an earlier clipping, (M, 4), whose areas count; None = `boxes`.
-
-    Returns:
-        Clipped boxes (M, 4), and (M,) bool, whether at least `min_visible` of the box stays and the
-        sides of the clipped box are at least one pixel.
+    A box is visible if at least `min_visible` of its area stays in the image and its clipped sides
+    are at least one pixel. If the boxes were clipped before, pass the original boxes as `whole`.
     """
     limit = boxes.new_tensor([size[1], size[0]]).repeat(2)
     cut = torch.minimum(boxes.clamp(min=0), limit)
@@ -330,7 +309,7 @@ def visible(
 
 
 def pad(image: Tensor, size: int | tuple[int, int], *, fill: int = 0) -> Tensor:
-    """Pad (C, h, w) below and on the right to (C, *size), or to a square if `size` is a number."""
+    """Pad (C, h, w) below and on the right to (C, *size); a single number gives a square."""
     height, width = (size, size) if isinstance(size, int) else size
     added = (0, width - image.shape[2], 0, height - image.shape[1])
     return torch.nn.functional.pad(image, added, value=fill)
@@ -339,7 +318,7 @@ def pad(image: Tensor, size: int | tuple[int, int], *, fill: int = 0) -> Tensor:
 def _draw_window(
     random: np.random.Generator, size: tuple[int, int], part: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Sample top, left, height and width of a window of the given size."""
+    """Sample a window of size `part` at a random position: top, left, height and width."""
     top = int(random.integers(size[0] - part[0] + 1))
     left = int(random.integers(size[1] - part[1] + 1))
     return top, left, *part

@@ -24,9 +24,8 @@ class Crop:
     Attributes:
         window: Top, left, height and width of the crop, in pixels of the image file.
         size: Height and width to which the crop is scaled; the rest of the frame is padding.
-        flip: Whether to mirror left and right.
-        upside_down: Whether to mirror top and bottom.
-        colour: Colour changes, or None.
+        flip: Mirror left and right.
+        upside_down: Mirror top and bottom.
     """
 
     window: tuple[int, int, int, int]
@@ -42,22 +41,19 @@ class Crop:
         return self.placed(part, frame)
 
     def label_map(self, labels: Tensor, frame: tuple[int, int]) -> Tensor:
-        """Crop, scale and mirror a label map (H, W) uint8, and pad it with `VOID` to the frame.
-
-        Labels are scaled by nearest neighbours.
-        """
+        """Crop, scale (nearest), mirror and pad a label map (H, W) uint8; the padding is `VOID`."""
         nearest = InterpolationMode.NEAREST_EXACT
         part = F.resized_crop(labels[None], *self.window, list(self.size), interpolation=nearest)
         return self.placed(part, frame, fill=VOID)[0]
 
     def placed(self, part: Tensor, frame: tuple[int, int], *, fill: int = 0) -> Tensor:
-        """Mirror a scaled crop (C, *size) as sampled, and pad it to the frame with `fill`."""
+        """Mirror a crop that is already scaled, (C, *size), and pad it with `fill` to the frame."""
         part = F.horizontal_flip(part) if self.flip else part
         part = F.vertical_flip(part) if self.upside_down else part
         return pad(part, frame, fill=fill)
 
     def sources(self) -> NDArray[np.float64]:
-        """Compute the affine map (2, 3) from (x, y, 1) in the frame to (x, y) in the image file."""
+        """Affine map (2, 3) from (x, y, 1) in the frame to (x, y) in the image file."""
         top, left, height, width = self.window
         across, down = width / self.size[1], height / self.size[0]
         row = [0.0, -down, top + height] if self.upside_down else [0.0, down, top]
@@ -66,10 +62,7 @@ class Crop:
         return np.array([[across, 0.0, left], row])
 
     def of_mirrored(self, size: tuple[int, int]) -> Crop:
-        """Return a crop that gives the same result if its input is already mirrored.
-
-        The new crop has no flip, and its window is mirrored in the image of `size`.
-        """
+        """Return the crop that gives the same result on the mirrored image of `size`."""
         top, left, height, width = self.window
         return replace(self, flip=False, window=(top, size[1] - left - width, height, width))
 
@@ -78,12 +71,9 @@ class Crop:
 class Crops:
     """Distribution of training crops; the defaults are those of structured distillation.
 
-    Attributes:
-        scale: Smallest and largest scale, relative to the working size.
-        flip: Probability of mirroring left and right.
-        jitter: Probability of multiplying brightness, contrast and saturation by factors in
-            1 +- `max_jitter`.
-        max_jitter: Largest deviation of these factors from 1.
+    `scale` is the range of scales relative to the working size. `flip` is the probability of
+    mirroring left and right. `jitter` is the probability of multiplying brightness, contrast and
+    saturation by factors in 1 +- `max_jitter`.
     """
 
     scale: tuple[float, float] = (0.5, 2.1)
@@ -104,13 +94,9 @@ class Crops:
         *,
         factor: float = 1.0,
     ) -> Crop:
-        """Sample a crop.
+        """Sample a crop of an image file of `size` to fill `frame`, both (height, width).
 
-        Args:
-            random: Random generator.
-            size: Height and width of the image file.
-            frame: Height and width of the result.
-            factor: Working size divided by the size of the file; it multiplies every scale.
+        `factor` is the working size divided by the size of the file; it multiplies every scale.
         """
         scale = factor * random.uniform(*self.scale)
         places = random.random(2).tolist()
@@ -139,8 +125,8 @@ class Crops:
 class Flips:
     """Distribution of flips of whole images; the defaults are those of saliency students.
 
-    `flip` and `upside_down` are the probabilities of mirroring left and right, and top and bottom.
-    For `jitter` and `max_jitter` see `Crops`.
+    `flip` and `upside_down` are the probabilities of mirroring left-right and top-bottom. For
+    `jitter` and `max_jitter` see `Crops`.
     """
 
     flip: float = 0.5
@@ -154,13 +140,7 @@ class Flips:
     def draw(
         self, random: np.random.Generator, size: tuple[int, int], scaled: tuple[int, int]
     ) -> Crop:
-        """Sample the flips and colour changes of one image.
-
-        Args:
-            random: Random generator.
-            size: Height and width of the image file.
-            scaled: Height and width to which the image is scaled.
-        """
+        """Sample flips and colour changes of an image of `size` that is resized to `scaled`."""
         chances = (self.flip, self.upside_down, self.jitter)
         flip, upside_down, jitter = (random.random(3) < chances).tolist()
         colour = _random_colour(random, self.max_jitter)
@@ -177,14 +157,14 @@ def _random_colour(random: np.random.Generator, most: float) -> ColourChange:
 
 
 def build_crops(options: dict[str, Any] | None) -> Crops:
-    """Build the distribution of crops from its options; None for scale 1 and no other changes."""
+    """Build the distribution of crops from its options; None gives scale 1 and no changes."""
     options = {"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0} if options is None else options
     check_options(Crops, options, what="augment")
     return Crops(**options)
 
 
 def build_flips(options: dict[str, Any] | None) -> Flips:
-    """Build the distribution of flips from its options; None for no changes."""
+    """Build the distribution of flips from its options; None gives no changes."""
     options = {"flip": 0.0, "upside_down": 0.0} if options is None else options
     check_options(Flips, options, what="augment")
     return Flips(**options)

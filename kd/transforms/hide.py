@@ -1,8 +1,8 @@
 """Hide objects and draw dense targets, on the device of the batch.
 
-A pixel (row r, column c) belongs to a shape if the pixel's centre (c + 0.5, r + 0.5) lies in the
-shape. A box includes its left and upper edges and excludes its right and lower edges. If a shape
-contains no pixel centre, the pixel at the centre of the shape is used, so that something is hidden.
+A pixel belongs to a shape if its centre (column + 0.5, row + 0.5) lies inside; for boxes, left and
+upper edges are inside, right and lower edges outside. If a shape contains no pixel centre, the
+pixel at the shape's centre is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TINY = 1e-6
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Scale images (N, 3, H, W) uint8 to 0..1, and normalise by ImageNet's mean and deviation."""
+    """Scale images (N, 3, H, W) uint8 to 0..1 and normalise by ImageNet's mean and deviation."""
     shift, scale = _mean_and_scale(images.device)
     return images.float().sub_(shift).mul_(scale)
 
@@ -40,10 +40,7 @@ def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def hide_fraction(progress: float, *, start: float, until: float) -> float:
-    """Compute the fraction of each region to hide at a given progress of the training.
-
-    The fraction grows linearly from `start` at progress 0 to 1 at progress `until`, and stays 1.
-    """
+    """Fraction of each region to hide: grows linearly from `start` to 1 at progress `until`."""
     if progress >= until:
         return 1.0
     return start + (1.0 - start) * progress / until
@@ -52,22 +49,17 @@ def hide_fraction(progress: float, *, start: float, until: float) -> float:
 def hidden_regions(
     boxes: Tensor, size: tuple[int, int], *, shape: str = "box", fraction: Tensor | None = None
 ) -> Tensor:
-    """Draw the region to hide for each box, with at least one pixel per region.
+    """Draw the region to hide for each of (K, 4) xyxy pixel boxes: (K, H, W) bool.
 
-    Every shape covers the whole box, so that no part of the object stays visible. A `square` has
-    the centre and the longer side of the box. An `ellipse` is the smallest one around the box; its
-    axes are sqrt(2) times the sides of the box. Regions are clipped to the frame. For segments,
-    which are given as masks, see `shrink_masks`.
+    Every shape covers the whole box and at least one pixel, and is clipped to the frame. A `square`
+    has the centre and the longer side of the box. An `ellipse` is the smallest one around the box;
+    its axes are sqrt(2) times the sides. For segmentation masks, see `shrink_masks`.
 
     Args:
         boxes: (K, 4) xyxy pixels.
         size: Height and width of the frame, H and W.
         shape: `box`, `square` or `ellipse`.
-        fraction: Fraction of the region's area to hide, around the centre of the box, (K,); None to
-            hide the whole region.
-
-    Returns:
-        (K, H, W) bool.
+        fraction: (K,) fraction of the region's area to hide, around the box centre; None for all.
     """
     if shape not in SHAPES or shape == "segment":
         raise UserError(
@@ -88,7 +80,7 @@ def hidden_regions(
 
 
 def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
-    """Shrink masks (K, H, W) to a fraction (K,) of their area about centres of boxes (K, 4)."""
+    """Shrink masks (K, H, W) about the centres of boxes (K, 4) to a fraction (K,) of their area."""
     scale = fraction.clamp(_TINY, 1).rsqrt()[:, None]
     height, width = masks.shape[-2:]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -102,12 +94,9 @@ def shrink_masks(masks: Tensor, boxes: Tensor, fraction: Tensor) -> Tensor:
 
 
 def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
-    """Draw the regions to hide in a batch (see docs/batch.md).
+    """Draw the regions to hide in a batch (docs/batch.md), one per hidden object: (K, H, W) bool.
 
-    Each region is reduced to the fraction of its area in `batch["hide_fraction"]`.
-
-    Returns:
-        (K, H, W) bool, one for each entry of `batch["hidden"]`.
+    Each region is shrunk to the fraction of its area in `batch["hide_fraction"]`.
     """
     boxes, fraction = batch["boxes"][batch["hidden"]], batch["hide_fraction"]
     if shape == "segment":
@@ -117,16 +106,15 @@ def regions_of(batch: Mapping[str, Tensor], *, shape: str = "box") -> Tensor:
 
 
 def hide(images: Tensor, image_of: Tensor, regions: Tensor) -> Tensor:
-    """Build the input of a context teacher: one copy of the image for each object to hide.
+    """Build a context teacher's input: a copy of the image for each hidden object, (K, 4, H, W).
+
+    The first three channels are RGB, set to 0 (the mean colour) in the region. The fourth is 1 in
+    the region and 0 elsewhere.
 
     Args:
         images: Normalised images, (N, 3, H, W).
         image_of: (K,) int64, index of the image that contains each region.
         regions: Regions to hide, (K, H, W) bool.
-
-    Returns:
-        (K, 4, H, W) in the dtype of the images: RGB, which is 0 in the region (the mean colour, not
-        black), and a channel that is 1 in the region and 0 elsewhere.
     """
     visible = images[image_of].mul_(~regions[:, None])
     return torch.cat([visible, regions[:, None].to(images.dtype)], dim=1)
@@ -142,7 +130,7 @@ def class_maps(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Draw each object's box on the map of its class; a pixel may have several classes.
+    """Draw each object's box on the map of its class: (N, C, H, W) bool; classes may overlap.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -151,11 +139,7 @@ def class_maps(
         num_images: Number of images, N.
         num_classes: Number of classes, C.
         size: Height and width of the maps, H and W.
-        out: Result of an earlier call to overwrite, because on a CPU allocating takes several times
-            as long as drawing.
-
-    Returns:
-        (N, C, H, W) bool.
+        out: Result of an earlier call to overwrite, which saves a slow allocation on the CPU.
     """
     shape = (num_images, num_classes, *size)
     if out is None:
@@ -170,12 +154,7 @@ def class_maps(
 
 
 def valid_pixels(sizes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask (N, H, W) of the pixels that are image and not padding.
-
-    Args:
-        sizes: Height and width of each image, (N, 2).
-        size: Height and width of the mask, H and W.
-    """
+    """Mask of image pixels (not padding), (N, H, W), for image `sizes` (N, 2) and frame `size`."""
     rows = torch.arange(size[0], device=sizes.device) < sizes[:, :1]
     columns = torch.arange(size[1], device=sizes.device) < sizes[:, 1:]
     return rows[:, :, None] & columns[:, None, :]

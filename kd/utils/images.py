@@ -1,8 +1,6 @@
-"""Read image files and scale them to a working size.
+"""Read image files (with Pillow) and scale them to a working size (with torch, antialiased).
 
-Pillow decodes, as fast as torchvision, whose decoders are deprecated. Torch resizes, because its
-antialiased bilinear interpolation of 8-bit images is about three times as fast as Pillow's. A JPEG
-of at least twice the target size is decoded at 1/2, 1/4 or 1/8 of its size, which is less work.
+JPEGs of at least twice the target size are decoded at 1/2, 1/4 or 1/8 of their size, for speed.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ def file_size(path: Path) -> tuple[int, int]:
 
 
 def grey_image(size: tuple[int, int]) -> Tensor:
-    """A grey placeholder for an image that is not used: (3, height, width) uint8."""
+    """Grey placeholder image of `size` = (height, width): (3, height, width) uint8."""
     return torch.full((3, *size), _GREY, dtype=torch.uint8)
 
 
@@ -62,23 +60,14 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 def read_image(
     path: Path, size: int | None, *, expected: tuple[int, int] | None = None, upright: bool = False
 ) -> Tensor:
-    """Decode an image file to 8-bit RGB and scale its long side to `size`.
+    """Read an image file as 8-bit RGB, with its long side scaled to `size`: (3, h, w) uint8.
 
-    Grey, palette, CMYK and 16-bit files are converted, and transparency is dropped. Unless
-    `upright`, an EXIF orientation is ignored, because COCO's annotations ignore it.
-
-    Args:
-        path: JPEG, PNG, or another format that Pillow reads.
-        size: Long side in pixels; None keeps the stored size.
-        expected: Height and width in the annotations, which the file must have.
-        upright: Apply the EXIF orientation.
-
-    Returns:
-        (3, h, w) uint8, contiguous.
+    Grey, palette, CMYK and 16-bit files are converted; transparency is dropped. If `size` is None,
+    the image keeps its size. `expected` is the (height, width) that the file must have. The EXIF
+    orientation is applied only if `upright`, because COCO annotations ignore it.
 
     Raises:
-        UserError: The file is missing, truncated, corrupt, of an unsupported mode, or not of the
-            expected size.
+        UserError: The file is missing, unreadable, or not of the expected size.
     """
     try:
         with Image.open(path) as file:
@@ -100,7 +89,7 @@ def read_image(
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
-    """Undo an EXIF orientation, 1..8: a transposition and flips of the stored pixels."""
+    """Undo an EXIF orientation, 1..8, by transposing and flipping the image."""
     if orientation in (5, 6, 7, 8):  # stored rows are columns of the upright image
         image = image.transpose(1, 2)
     mirror_x, mirror_y = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)

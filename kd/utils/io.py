@@ -19,10 +19,9 @@ PARTIAL = ".partial"  # suffix of unfinished files, which a killed process leave
 
 
 def cache_path(kind: str, of: Path, name: str) -> Path:
-    """Path in the cache, `$KD_CACHE` or `~/.cache/kd`, for a file derived from the source `of`.
+    """Path in the cache for a file `name` derived from the file `of`; it contains a hash of `of`.
 
-    Used if the file cannot be stored beside its source. `kind` is the folder inside the cache; the
-    path contains a hash of `of`, so that files of different sources differ.
+    The cache is `$KD_CACHE`, by default `~/.cache/kd`; `kind` is a folder in it.
     """
     cache = Path(os.environ.get("KD_CACHE") or "~/.cache/kd").expanduser()
     digest = hashlib.sha256(os.fsencode(of.resolve())).hexdigest()[:12]
@@ -30,9 +29,9 @@ def cache_path(kind: str, of: Path, name: str) -> Path:
 
 
 def may_write(folder: Path) -> bool:
-    """Whether files can be created in a folder or, if it is missing, in its nearest parent.
+    """Whether files can be created in a folder, or in its nearest existing parent if it is missing.
 
-    A folder without any write permission counts as read-only even for root, who could write there.
+    A folder without any write permission counts as read-only, even for root.
     """
     folder = folder.absolute()
     existing = next(one for one in (folder, *folder.parents) if one.exists())
@@ -41,12 +40,9 @@ def may_write(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `out`, missing or empty before, at the end.
+    """Yield a temporary folder; on success, rename it to `out`, which must be missing or empty.
 
-    Thus `out` is never incomplete. After an error the temporary folder is removed.
-
-    Raises:
-        UserError: The folder cannot be created, written or renamed.
+    After an error the temporary folder is removed, so `out` is never incomplete.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +60,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, write: Any) -> None:
-    """Write a temporary file and rename it, so that the old file survives a kill or a full disk.
+    """Call `write` with a temporary path, then rename that file to `path`, replacing an old file.
 
-    `write` is called with the temporary path and writes the file.
-
-    Raises:
-        UserError: The folder is not writable or the disk is full.
+    If writing fails, the old file stays unchanged and a UserError is raised.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -96,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """Stems for the output files of images: the images' own, numbered where several are equal."""
+    """File stems for output images: those of the input images, numbered if they are not unique."""
     stems = [path.stem for path in images]
     return [
         f"{stem}_{stems[: place + 1].count(stem)}" if stems.count(stem) > 1 else stem

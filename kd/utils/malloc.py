@@ -1,4 +1,4 @@
-"""Tuning of the C library's allocator for tensors on the CPU."""
+"""Tuning of glibc's memory allocator for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ _TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc reuse large freed blocks instead of returning them to the operating system.
+    """Make glibc reuse large freed blocks; return False if libc is not glibc or the user tuned it.
 
-    By default, glibc requests every block above 32 MiB from the system, which zeroes it page by
-    page at first use. The feature maps of a few photographs are such blocks, in each layer of each
-    step. As the same block sizes occur in every step, reuse needs little more memory;
-    `benchmarks/allocator.py` measures it.
-
-    Returns:
-        False, without any effect, if the C library is not glibc or the user has tuned it.
+    By default, glibc requests blocks above 32 MiB, such as feature maps, from the operating system
+    in each step, which zeroes every page again. `benchmarks/allocator.py` measures the effect.
     """
     if os.name != "posix" or any(name in os.environ for name in _TUNED):
         return False
