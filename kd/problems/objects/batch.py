@@ -105,7 +105,7 @@ class ObjectTask(Task):
     num_classes: int
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Return the mask `ring`, (K, h, w): the fraction of each cell in the ring around the object."""
+        """Return the mask `ring`, (K, h, w): each cell's fraction in the ring around the object."""
         return {"ring": ring_mask(batch)}
 
     def rows(self, batch: Batch) -> Rows:

@@ -55,7 +55,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def training(
         self, data: ObjectsDataset, sampling: Sampling, task: Task | None = None
     ) -> ObjectSamples:
-        """Return training scenes with hidden objects, and with class maps if the task needs them."""
+        """Return training scenes with hidden objects, with class maps if the task needs them."""
         maps = ClassMaps(data.train, data.section.size) if isinstance(task, ContextMap) else None
         return data.samples(
             "train", train=True, mode=sampling.hide, labelled=sampling.labelled,
@@ -131,7 +131,7 @@ class ObjectsProblem(Problem[ObjectsDataset]):
     def class_fractions(
         self, section: TaskSection, data: ObjectsDataset, images: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Return those of `prior`, `pixel_fractions`, `image_fractions` that the task has as options."""
+        """Return those of `prior`, `pixel_fractions`, `image_fractions` that the task needs."""
         fields = {field.name for field in dataclasses.fields(self.spec.task(section.name).load())}
         found = {} if "prior" not in fields else {"prior": data.prior(images)}
         if fields & {"pixel_fractions", "image_fractions"}:

@@ -47,7 +47,7 @@ class Classification(ObjectTask):
         return normalise(batch["images"]), torch.cat([rows[:, None], hidden_boxes(batch)], dim=1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Compute `cross_entropy` of the combined logits and `appearance` of the appearance head."""
+        """Compute `cross_entropy` of the combined logits, `appearance` of the appearance head."""
         labels = hidden_labels(batch)
         names = {"cross_entropy": "logits"}
         if self.appearance:
@@ -123,7 +123,7 @@ class ContextTask(ObjectTask):
         return regions_of(batch, shape=self.shape)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return images and hidden regions, (K, 4, H, W): RGB, 0 where hidden, and the region's mask.
+        """Return RGB images, 0 where hidden, with the region as fourth channel, (K, 4, H, W).
 
         Without hidden objects, return all images with an empty mask, (N, 4, H, W).
         """
@@ -158,7 +158,7 @@ class Context(ContextTask):
     prior: tuple[float, ...] | None = None
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Compute `cross_entropy` of labelled hidden objects, and `visible` of any `dense` logits."""
+        """Compute `cross_entropy` of labelled hidden objects, `visible` of any `dense` logits."""
         logits = output["logits"]
         if self.balance:
             assert self.prior is not None
@@ -200,7 +200,7 @@ def image_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
 
 
 def _labelled_pixels(batch: Batch, grid: tuple[int, int] | None = None) -> Tensor:
-    """`image_pixels` for each hidden object's image, (K, H, W); all False for unlabelled objects."""
+    """`image_pixels` of each hidden object's image, (K, H, W); False for unlabelled objects."""
     known = hidden_labels(batch) >= 0
     return image_pixels(batch, grid)[image_rows(batch)] & known[:, None, None]
 
