@@ -109,7 +109,7 @@ def export(
 def need_onnx() -> None:
     """Raise a UserError if a package for ONNX is not installed."""
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise UserError(f"ONNX needs {', '.join(missing)}: pip install 'kd[export]'")
+        raise UserError(f"ONNX needs packages that are missing: pip install {' '.join(missing)}")
 
 
 def graph_of(model: TrainedModel) -> ExportGraph:

@@ -340,7 +340,7 @@ def _log_fractions(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneTokens(Context):
-    """Classify each hidden object from classes and boxes of the other objects, from pixels, or both.
+    """Classify hidden objects from classes and boxes of other objects, from pixels, or both.
 
     Objects are hidden one at a time. All other objects are input, except those in the batch's
     `also_hidden`. `image_inputs` selects the images that the model gets, see `inputs`.
@@ -367,7 +367,7 @@ class SceneTokens(Context):
         return objects, batch["hidden"], images, regions
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Compute `cross_entropy` of labelled hidden objects, and `visible` of any `dense` logits."""
+        """Compute `cross_entropy` of labelled hidden objects, `visible` of any `dense` logits."""
         losses = super().losses({"logits": output["logits"]}, batch)
         if "dense" in output:
             losses["visible"] = self._all_boxes(output["dense"], batch)
