@@ -19,6 +19,7 @@ COMMANDS = {
     "transfer": "start students from a teacher's trunk",
     "predict": "predict images with a trained model",
     "export": "export a trained model to ONNX and others, and check the file",
+    "layers": "list a model's layers, with shapes and strides",
     "cache": "compute a teacher's outputs ahead of training",
     "imagine": "draw what a teacher expects in a region of a photograph",
     "rescore": "rescore a detector's results by their context",

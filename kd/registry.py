@@ -229,7 +229,10 @@ def check_options(
 
 def accepted(builder: Callable[..., object], **given: object) -> dict[str, object]:
     """The arguments that a builder has parameters for: saliency networks take no `num_classes`."""
-    parameters = inspect.signature(builder).parameters
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{builder}: not a function or class that builds a model") from error
     return {name: value for name, value in given.items() if name in parameters}
 
 

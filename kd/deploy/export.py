@@ -21,10 +21,10 @@ from torch.export import Dim
 
 import kd
 from kd.data.loader import Sample, collate
-from kd.deploy.model import TrainedModel
+from kd.deploy.model import TrainedModel, grey_sample
 from kd.errors import UserError
 from kd.problems.base import Dataset, Split
-from kd.problems.inference import ExportGraph, InputImage
+from kd.problems.inference import ExportGraph
 from kd.problems.results import spread
 from kd.utils.io import write_atomic
 
@@ -78,7 +78,7 @@ def export(
     if format == "onnx":
         need_onnx()
     graph = graph_of(model)
-    inputs = graph.feed(collate([sample or _grey(model)] * 2))
+    inputs = graph.feed(collate([sample or grey_sample(model)] * 2))
     about = json.dumps(described(model, graph), ensure_ascii=False)
     with torch.no_grad():
         graph(*inputs.values())  # cached constants must be real tensors, not those of tracing
@@ -130,15 +130,6 @@ def described(model: TrainedModel, graph: ExportGraph) -> dict[str, Any]:
         "data": data["name"],
         **{key: model.config[key] for key in ("variant", "seed") if key in model.config},
     }
-
-
-def _grey(model: TrainedModel) -> Sample:
-    """Sample of a grey image with two boxes, if the model needs boxes."""
-    side = model.inference.long_side or 128
-    image = torch.full((3, side, side), 128, dtype=torch.uint8)
-    boxes = torch.tensor([[0.0, 0.0, side / 2, side / 2], [side / 4, side / 4, side, side]])
-    given = InputImage(image, (side, side), boxes if model.inference.needs_boxes else None)
-    return model.inference.samples(given)[0]
 
 
 def _dynamic(graph: ExportGraph, inputs: Mapping[str, Tensor]) -> tuple[dict[int, Any], ...]:

@@ -265,3 +265,12 @@ def _best(folder: Path, variant: str | None, seed: int | None) -> Path:
         for run in runs.variants[variant]
     ]
     return runs.variants[variant][int(np.argmax(scores))].folder
+
+
+def grey_sample(model: TrainedModel) -> Sample:
+    """Sample of a grey image with two boxes, if the model needs boxes."""
+    side = model.inference.long_side or 128
+    image = torch.full((3, side, side), 128, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0.0, side / 2, side / 2], [side / 4, side / 4, side, side]])
+    given = InputImage(image, (side, side), boxes if model.inference.needs_boxes else None)
+    return model.inference.samples(given)[0]
