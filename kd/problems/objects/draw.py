@@ -52,7 +52,8 @@ def hidden_scene_figure(
     reach = max([0.05, *(float(belief.max()) for belief in known.values())])
     for axes, (model, belief) in zip(panels[2:], known.items(), strict=True):
         bars(axes, belief, names, top, truth=truth)
-        axes.set_title(f"the {model} expects", fontsize=9)
+        verb = "expects" if model == "teacher" else "predicts"  # a student sees the object
+        axes.set_title(f"the {model} {verb}", fontsize=9)
         axes.set_xlim(0, 122 * reach)
     return figure
 
