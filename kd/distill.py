@@ -35,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ablation:
         variants = look_up(recipe.ablations, args.ablation, what="ablation of this recipe")
         recipe = recipe.model_copy(update={"variants": ("plain", *variants)})
-    return _run(recipe, args)
+    return _run(recipe, args, argv)
 
 
-def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
+def _run(recipe: DistillRecipe, args: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    from kd.deploy.card import write_card
+    from kd.deploy.model import best_run
     from kd.evaluation.write import write_overlays
     from kd.experiments.distillation import Distillation
     from kd.metrics.registry import load_metrics
@@ -71,6 +73,13 @@ def _run(recipe: DistillRecipe, args: argparse.Namespace) -> int:
         )
         print_table(table, sys.stdout)
         (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+        best = best_run(runs)
+        write_card(out, best, table, ["python", "-m", "kd.distill", *(argv or sys.argv[1:])])
+        sys.stdout.write(
+            f"model: {best.folder / 'model.safetensors'} ({best.name}), described in "
+            f"{out / 'README.md'}\nuse it: python -m kd.predict {out} IMAGES, or python -m "
+            f"kd.export {out}\n"
+        )
     if accelerator.is_main_process:
         write_overlays(distillation)
     accelerator.end_training()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from kd.problems.recipes import teacher_recipe
 from kd.runs.folder import class_names, model_metadata
 from kd.runs.load_student import load_network, student_recipe
 from kd.runs.load_teacher import load_teacher
-from kd.runs.read import is_distill, read_distill, results_hint
+from kd.runs.read import DistillRuns, Run, is_distill, read_distill, results_hint
 
 Source: TypeAlias = str | Path | Image | NDArray[np.uint8] | Tensor
 
@@ -209,7 +210,7 @@ def load(
     """
     path = Path(run)
     if is_distill(path):
-        path = _best(path, variant, seed)
+        path = _chosen(path, variant, seed)
     elif variant is not None or seed is not None:
         raise UserError(f"{path}: one run; only a distillation has variants and seeds to choose")
     file = path / "model.safetensors" if path.is_dir() else path
@@ -247,24 +248,34 @@ def _described(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return config, class_names(file.parent) or names
 
 
-def _best(folder: Path, variant: str | None, seed: int | None) -> Path:
-    """Folder of a distillation's variant and seed."""
-    runs = read_distill(folder, None if variant is None else [variant])
+def best_run(runs: DistillRuns, variant: str | None = None) -> Run:
+    """Choose the seed of a variant with the best val score, in the first metric of the table.
+
+    The default variant is `distilled`, or if there is none the first that is not `plain`.
+    """
     if variant is None:
         others = [name for name in runs.variants if name != "plain"]
         variant = "distilled" if "distilled" in others else next(iter(others), "plain")
-    if seed is not None:
-        if seed not in runs.seeds:
-            known = ", ".join(map(str, runs.seeds))
-            raise UserError(f"{folder}: no finished seed {seed}; there are {known}")
-        return runs.variants[variant][runs.seeds.index(seed)].folder
     metric = runs.results.metric(runs.results.rows[0])
     sign = 1 if metric.higher_is_better else -1
-    scores = [
-        sign * (runs.results.value(run.records, metric.name) or 0.0)
-        for run in runs.variants[variant]
-    ]
-    return runs.variants[variant][int(np.argmax(scores))].folder
+
+    def score(run: Run) -> float:
+        value = runs.results.value(run.records, metric.name)
+        return -math.inf if value is None else sign * value
+
+    return max(runs.variants[variant], key=score)
+
+
+def _chosen(folder: Path, variant: str | None, seed: int | None) -> Path:
+    """Folder of a distillation's variant and seed."""
+    runs = read_distill(folder, None if variant is None else [variant])
+    best = best_run(runs, variant)
+    if seed is None:
+        return best.folder
+    if seed not in runs.seeds:
+        known = ", ".join(map(str, runs.seeds))
+        raise UserError(f"{folder}: no finished seed {seed}; there are {known}")
+    return folder / f"seed{seed}" / best.name
 
 
 def grey_sample(model: TrainedModel) -> Sample:
