@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kd.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kd.deploy.model import TrainedModel as TrainedModel
     from kd.deploy.model import load as load
     from kd.errors import UserError as UserError
 
-__version__ = "0.1.0"
 _HOME = {
     "load": "kd.deploy.model",
     "TrainedModel": "kd.deploy.model",

@@ -89,6 +89,7 @@ def batch_of(data: DatasetSection, classes: int) -> dict[str, torch.Tensor]:
             "sizes": torch.tensor([[height, width]] * 2),
             "image_ids": torch.arange(2),
             "label_maps": torch.randint(classes, (2, height, width), dtype=torch.uint8),
+            "own_sizes": torch.tensor([[height, width]] * 2),
         }
     if isinstance(data, SaliencySection):
         assert not any(side % 8 for side in data.size)

@@ -37,7 +37,7 @@ metrics losses
 config
 utils
 registry
-errors
+errors version
 """
 FLOORS = [line.split() for line in ROOMS.split("\n") if line]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -57,12 +57,12 @@ class Import(NamedTuple):
 
 
 def room_of(module: str) -> str:
-    """The room of a module; what lies at the root of kd is a command, registry and errors apart."""
+    """The room of a module; what lies at the root of kd is a command, but for a few."""
     top, _, rest = module.partition(".")
     if top != "kd":
         return top
     first = rest.partition(".")[0]
-    return first if first in FLOOR else "errors" if not rest else "commands"
+    return first if first in FLOOR else "commands"
 
 
 def modules(root: Path) -> dict[str, Path]:

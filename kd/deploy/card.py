@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import yaml
 
-import kd
 from kd.problems import problem_of_task
 from kd.report.tables import Table
 from kd.runs.folder import class_names
 from kd.runs.read import Run
+from kd.version import __version__
 
 _PIPELINES = {
     "objects": "image-classification",
@@ -52,7 +52,7 @@ def model_card(run: Run, table: Table, command: str) -> str:
         f"# {student['name']} on {config['data']['name']}",
         "",
         f"A student for {config['task']['name']}, trained by knowledge distillation with kd "
-        f"{kd.__version__}. The model to use is `{run.folder.relative_to(folder)}`: variant "
+        f"{__version__}. The model to use is `{run.folder.relative_to(folder)}`: variant "
         f"{run.config['variant']}, seed {run.config['seed']}, the best of its variant on val.",
         "",
         "## Results",
@@ -78,7 +78,7 @@ def model_card(run: Run, table: Table, command: str) -> str:
         f"{run.summary['steps']} steps of {config['train']['batch_size']} images",
         f"- Initial weights: {student['options'].get('weights') or 'random'}",
         f"- Command: `{command}`",
-        f"- Software: kd {kd.__version__}, PyTorch {torch.__version__}",
+        f"- Software: kd {__version__}, PyTorch {torch.__version__}",
         "",
         "## Licence and limits",
         "",

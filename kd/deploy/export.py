@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-import kd
 from kd.data.loader import Sample, collate
 from kd.deploy.model import TrainedModel, grey_sample
 from kd.errors import UserError
@@ -27,6 +27,7 @@ from kd.problems.base import Dataset, Split
 from kd.problems.inference import ExportGraph
 from kd.problems.results import spread
 from kd.utils.io import write_atomic
+from kd.version import __version__
 
 Format = Literal["onnx", "torch-export", "torchscript"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -121,7 +122,7 @@ def described(model: TrainedModel, graph: ExportGraph) -> dict[str, Any]:
     """Metadata of an exported file."""
     data = model.config["data"]
     return {
-        "kd": kd.__version__,
+        "kd": __version__,
         "classes": list(model.class_names),
         "inputs": dict(graph.inputs),
         "outputs": dict(graph.outputs),
@@ -178,7 +179,6 @@ def quantise(
         UserError: The quantiser cannot process the graph.
     """
     from onnxruntime.quantization import (  # type: ignore[import-untyped]
-        CalibrationDataReader,
         QuantFormat,
         QuantType,
         quantize_dynamic,
@@ -189,17 +189,11 @@ def quantise(
     )
 
     graph = graph_of(model)
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = _batches(data, images, 4, "train")
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            return {name: tensor.numpy() for name, tensor in graph.feed(batch).items()}
-
+    arrays = (
+        {name: tensor.numpy() for name, tensor in graph.feed(batch).items()}
+        for batch in _batches(data, images, 4, "train")
+    )
+    reader = SimpleNamespace(get_next=lambda: next(arrays, None))
     logging.getLogger().setLevel(logging.ERROR)
 
     def write(partial: Path) -> None:
@@ -210,7 +204,7 @@ def quantise(
         try:
             quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
             quantize_static(
-                str(prepared), str(partial), Reader(), quant_format=QuantFormat.QDQ,
+                str(prepared), str(partial), reader, quant_format=QuantFormat.QDQ,
                 per_channel=True, op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             )  # fmt: skip
         finally:

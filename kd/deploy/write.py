@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-import kd
 from kd.deploy.model import TrainedModel
 from kd.errors import UserError
 from kd.formats.coco import CocoIndex, load_coco
 from kd.formats.splits import image_files
+from kd.problems.inference import Prediction
 from kd.report.style import save_figure
 from kd.utils.images import read_image
 from kd.utils.io import output_names, write_atomic, write_text
+from kd.version import __version__
 
 PREDICTIONS = "predictions.json"
 RESULTS = "results.json"
@@ -93,42 +94,46 @@ def write_predictions(
         UserError: An image cannot be read or is not in `annotations`, or the disk is full.
     """
     known = None if annotations is None else ImageIds(annotations, model.class_names)
-    if model.inference.needs_boxes and known is None:
+    needs_boxes = model.inference.needs_boxes
+    if needs_boxes and known is None:
         raise UserError(
             f"{model.where}: this model classifies objects in given boxes; name a COCO file with "
             "boxes of these images: --annotations COCO.json"
         )
-    boxes = model.inference.needs_boxes
-    pairs = ((path, known.boxes(path) if boxes and known else None) for path in images)
+    pairs = ((path, known.boxes(path) if needs_boxes and known else None) for path in images)
     entries: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     written: dict[Path, None] = {}
     count = len(images) if overlays < 0 else overlays
     names = output_names(images)
-    predicted = model.stream(pairs, batch_size=batch_size)
     watched = track(
-        zip(images, predicted, strict=True), "predicting", total=len(images),
+        model.stream(pairs, batch_size=batch_size), "predicting", total=len(images),
         console=Console(stderr=True), disable=not sys.stderr.isatty(),
     )  # fmt: skip
-    for number, (path, prediction) in enumerate(watched):
-        height, width = prediction.size
+    for number, prediction in enumerate(watched):
+        path, (height, width) = images[number], prediction.size
         image_id = number + 1 if known is None else int(known.index.image_ids[known.row(path)])
         entries.append({"id": image_id, "file_name": str(path), "width": width, "height": height})
-        found += [
-            {"image_id": image_id, **one}
-            for one in prediction.annotations()
-            if one["score"] >= least_score
-        ]
-        if (grey := prediction.map_image()) is not None:
-            _save_map(grey, out / "maps" / f"{names[number]}.png")
-            written[out / "maps"] = None
-        if number < count:
-            image = read_image(path, None, upright=True)
-            save_figure(prediction.draw(image), out / "overlays" / f"{names[number]}.png")
-            written[out / "overlays"] = None
+        rows = prediction.annotations()
+        found += [{"image_id": image_id, **one} for one in rows if one["score"] >= least_score]
+        for folder in _write_images(prediction, path, out, names[number], drawn=number < count):
+            written[folder] = None
     if out / "maps" not in written:
         written |= dict.fromkeys(_write_boxes(model, out, entries, found, known))
     return list(written)
+
+
+def _write_images(
+    prediction: Prediction, path: Path, out: Path, name: str, *, drawn: bool
+) -> Iterator[Path]:
+    """Write the map and the drawing of a prediction; yield the folders of these."""
+    if (grey := prediction.map_image()) is not None:
+        _save_map(grey, out / "maps" / f"{name}.png")
+        yield out / "maps"
+    if drawn:
+        image = read_image(path, None, upright=True)
+        save_figure(prediction.draw(image), out / "overlays" / f"{name}.png")
+        yield out / "overlays"
 
 
 def _write_boxes(
@@ -141,7 +146,7 @@ def _write_boxes(
         one |= {"id": number, "category_id": ids[one["category_id"]], "iscrowd": 0}
         one["area"] = one["bbox"][2] * one["bbox"][3] if "bbox" in one else 0.0
     content = {
-        "info": {"model": str(model.where), "kd": kd.__version__},
+        "info": {"model": str(model.where), "kd": __version__},
         "images": images,
         "categories": [{"id": ids[n], "name": name} for n, name in enumerate(model.class_names)],
         "annotations": found,

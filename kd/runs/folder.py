@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-import kd
 from kd.config.reader import read_yaml
 from kd.engine.checkpoint import config_differences
 from kd.errors import UserError
 from kd.utils.io import PARTIAL, write_text
+from kd.version import __version__
 
 _CLASSES = "classes.json"
 # These may differ when a run is resumed: they do not change the result.
@@ -113,7 +113,7 @@ def model_metadata(config: Mapping[str, Any], names: Sequence[str]) -> dict[str,
     """Return the metadata of a `model.safetensors`, with which the file can be used by itself."""
     return {
         "format": "kd-model-1",
-        "kd": kd.__version__,
+        "kd": __version__,
         "config": json.dumps(dict(config)),
         "classes": json.dumps(list(names), ensure_ascii=False),
     }

@@ -449,7 +449,7 @@ def test_a_distillation_keeps_what_it_trained_through_mistakes(
         command(kd.distill.main, DISTILL, "--teacher", str(variant.parent), *settings(data))
     )
     assert "a student's run; expected a teacher's run" in line
-    assert "a comparison; evaluate one of its variants" in only_error(
+    assert "a comparison; choose one of its variants" in only_error(
         command(kd.evaluate.main, None, "out")
     )
     assert command(kd.evaluate.main, None, str(variant.parent)) == (0, [])

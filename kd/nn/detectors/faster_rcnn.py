@@ -137,8 +137,7 @@ class FasterRCNN(Detector):
         if sizes is None:
             return output
         if self.exported:
-            detected = self._batched(maps, sizes, logits, deltas, images)
-            return output | {"detections": detected}
+            return output | self._batched(maps, sizes, logits, deltas, images)
         targets = None
         if self.training:
             assert boxes is not None and labels is not None and image_of is not None
@@ -212,7 +211,7 @@ class FasterRCNN(Detector):
     def _batched(
         self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],
         deltas: Sequence[Tensor], images: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Compute `detections` as torchvision does, without loops over images."""
         heads, n = self.network.roi_heads, images.shape[0]
         proposals, missing = self._batched_proposals(maps, sizes, logits, deltas, images)
@@ -238,7 +237,7 @@ class FasterRCNN(Detector):
             least=heads.score_thresh, top=self.top,
         )  # fmt: skip
         rows = as_detections(boxes, kept[0], labels, kept[1])
-        return nn.functional.pad(rows, (0, 0, 0, self.top - rows.shape[1]))
+        return {"detections": nn.functional.pad(rows, (0, 0, 0, self.top - rows.shape[1]))}
 
     def _batched_proposals(
         self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],

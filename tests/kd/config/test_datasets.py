@@ -173,7 +173,7 @@ def test_another_split_is_a_change_to_a_dataset_and_not_a_whole_one(tmp_path: Pa
     ("data", "setting", "message"),
     [
         ("coco", "data.scales=[1.5, 0.5]",
-         "data: scales [1.5, 0.5] are not in order: put the smaller factor first"),
+         "data: scales [1.5, 0.5]: put the smaller factor first"),
         ("coco", "data.scales=[0, 1]", "data.scales.0: input should be greater than 0, got 0"),
         ("coco", "data.scales=[0.5, 11]",
          "data.scales.1: input should be less than or equal to 10, got 11"),

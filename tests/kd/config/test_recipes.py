@@ -105,7 +105,7 @@ def test_without_a_taught_variant_no_term_is_needed() -> None:
 
 def test_smallest_fraction_must_be_below_the_largest() -> None:
     [message] = mistakes_of(ObjectsSection, {**DATA, "min_fraction": 0.4, "max_fraction": 0.3})
-    assert "min_fraction 0.4 is not below max_fraction 0.3" in message
+    assert "min_fraction 0.4 must be less than max_fraction 0.3" in message
 
 
 def test_a_step_must_divide_into_equal_micro_batches() -> None:

@@ -196,7 +196,7 @@ def test_unchecked_invalid_boxes_select_nothing() -> None:
         ([torch.zeros(3)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(3,\)"),
         ([torch.zeros(1, 4)], torch.zeros(8, 4), 0.5, r"anchors must be \(H, W, K, 4\)"),
         ([torch.zeros(1, 4)], grid(2, 2), 1.5, "psi must be in 0..1, got 1.5"),
-        ([torch.tensor([])], grid(2, 2), 0.5, r"got \(0,\); \(0, 4\) if there are no boxes"),
+        ([torch.tensor([])], grid(2, 2), 0.5, r"got \(0,\); use \(0, 4\) for no boxes"),
         ([torch.zeros(0, 5)], grid(2, 2), 0.5, r"boxes of image 0 must be \(G, 4\), got \(0, 5\)"),
         ([torch.ones(1, 4) > 0], grid(2, 2), 0.5, "boxes of image 0 must be coordinates, got bool"),
         ([torch.zeros(1, 4)], grid(2, 2), float("nan"), "psi must be in 0..1, got nan"),

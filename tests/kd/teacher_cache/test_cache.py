@@ -234,7 +234,7 @@ def test_objects_are_hidden_at_the_size_of_the_training(
     teacher: TrainedTeacher, data: ObjectsDataset
 ) -> None:
     with pytest.raises(
-        UserError, match=r"a size of 64 pixels is for label maps and gaze; .* leave soft_targ"
+        UserError, match=r"size=64: not available for hidden objects.* leave soft_targ"
     ):
         open_cache(teacher, data, make_accelerator("fp32"), CacheOptions(size=64))
 

@@ -198,7 +198,8 @@ def test_inputs_are_whole_normalised_images() -> None:
 
 
 def test_answers_are_on_the_label_maps_grid() -> None:
-    batch = {"label_maps": torch.zeros(2, 13, 17, dtype=torch.uint8)}
+    batch = {"label_maps": torch.zeros(2, 13, 17, dtype=torch.uint8),
+             "own_sizes": torch.tensor([[13, 17]] * 2)}  # fmt: skip
     logits = torch.randn(2, CLASSES, 3, 4)
     found = TASK.decode({"logits": logits}, batch)
     finer = F.interpolate(logits, (13, 17), mode="bilinear", align_corners=False)
@@ -210,7 +211,7 @@ def test_answers_are_on_the_label_maps_grid() -> None:
 
 def test_answers_between_places_of_half_precision_are_no_ties() -> None:
     logits = torch.tensor([[[[100.0, 100.0]], [[100.0, 100.5]]]]).bfloat16()  # one digit apart
-    batch = {"label_maps": torch.zeros(1, 8, 16, dtype=torch.uint8)}
+    batch = {"own_sizes": torch.tensor([[8, 16]])}
     answers = TASK.decode({"logits": logits}, batch)
     assert (answers[..., :4] == 0).all() and (answers[..., 4:] == 1).all()
 
