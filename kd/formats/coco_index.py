@@ -27,7 +27,6 @@ import numpy.typing as npt
 from filelock import FileLock
 from pycocotools.coco import COCO
 
-import kd
 from kd.errors import UserError
 from kd.formats.coco_validate import Json, is_number, read_coco
 from kd.formats.rle import pixels_of
