@@ -328,7 +328,7 @@ def _build_into(annotation_file: Path, partial: Path) -> None:
 
 def _build_in_child(annotation_file: Path, partial: Path) -> None:
     # Not multiprocessing, because its spawn method would run the caller's main module again.
-    source = str(Path(kd.__file__).resolve().parent.parent)
+    source = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "kd.formats.coco_index", str(annotation_file), str(partial)]
     done = subprocess.run(
