@@ -24,15 +24,14 @@ _SAMPLE_STREAM = 3  # random numbers of samples must differ from those of the lo
 class ImageSamples(Dataset[Sample], ABC):
     """Base class of datasets of images with target maps, indexed by (epoch, position).
 
-    Samples are described in docs/batch.md. A sample's augmentation depends only on (seed, epoch,
+    Samples are described in docs/batch.md; their augmentation depends only on (seed, epoch,
     position).
 
     Args:
         images: Image files.
         frame: Height and width of training samples, multiples of 8.
         setting: Config key of `frame`, for error messages.
-        train: Return random crops for training; otherwise whole images, whose targets have the size
-            of the image file.
+        train: Return random crops; otherwise whole images, with targets at the image file's size.
         only: Indices of the images to use; None for all.
         cached: Teacher outputs to add to training samples, as `stored.NAME`.
     """

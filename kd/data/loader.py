@@ -154,12 +154,11 @@ class SampleLoader:
     """Loader of one rank's batches (docs/batch.md); each iteration is one epoch.
 
     Args:
-        batch_size: Global batch size, summed over all ranks.
+        batch_size: Global batch size, summed over all `world` ranks.
         seed: Seed of the order, 0 or more.
         shuffle: Shuffle each epoch differently; otherwise the order is 0, 1, 2, ...
-        workers: Number of worker processes, which does not affect batches; 0 loads in this process.
-            Workers persist after the first iteration.
-        world: Number of ranks.
+        workers: Number of persistent worker processes; 0 loads in this process. Batches do not
+            depend on it.
         drop_last: Drop an incomplete last global batch.
     """
 

@@ -141,9 +141,8 @@ def load_coco(
     The index is stored beside the JSON, or in `$KD_CACHE` (`~/.cache/kd`) if that folder is
     read-only. `check_images` checks that all image files exist, without decoding them.
     `categories_from` is a dataset that must have the same categories, such as the train split.
-
-    Raises:
-        UserError: A file is missing or invalid, categories differ, or the index cannot be written.
+    Raises a UserError if a file is missing or invalid, if categories differ, or if the index cannot
+    be written.
     """
     json_file, images = Path(annotation_file), Path(image_folder)
     folder = up_to_date_index(json_file)

@@ -1,7 +1,6 @@
 """Convert a COCO JSON to an index: flat arrays that `kd.formats.coco` opens in seconds.
 
-Large JSONs are converted in a separate process, which frees its memory when it ends: `python -m
-kd.formats.coco_index JSON FOLDER`.
+Large JSONs are converted in a separate process, which frees its memory when it ends.
 """
 
 from __future__ import annotations
@@ -274,9 +273,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Memory-map an index, read-only: its arrays by name, and its `meta.json`.
 
-    Raises:
-        OSError: A file is missing.
-        ValueError: A file is corrupt.
+    Raises OSError if a file is missing, ValueError if one is corrupt.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {}

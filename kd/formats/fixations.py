@@ -90,11 +90,8 @@ def gaussian_density(
 ) -> Tensor:
     """Draw a fixation density map, a Gaussian around each fixation: (1, *grid) float32, sum 1.
 
-    Args:
-        points: Fixations, (F, 2) x, y in pixels of the image file.
-        size: Height and width of the image file.
-        grid: Height and width of the density map.
-        degree: Standard deviation of the Gaussians in pixels of the image file.
+    `points` are (F, 2) x, y in pixels of an image file of `size` = (height, width). `degree` is the
+    Gaussians' standard deviation in these pixels. `grid` is the (height, width) of the map.
     """
     sides = []
     for axis, (pixels, places) in enumerate(zip(size, grid, strict=True)):

@@ -13,10 +13,8 @@ from pycocotools import mask as rle_masks
 def pixels_of(packed: bytes) -> int:
     """Count the pixels that compressed run lengths cover; -1 if they are malformed.
 
-    Check this before decoding: pycocotools returns uninitialised memory if too few pixels are
-    covered. The format is that of `rleToString` in the COCO API: 5 bits per character, where bit 5
-    says that more follow. From the fourth run on, each is stored as its difference from the run two
-    before.
+    Check this before decoding: pycocotools returns uninitialised memory if too few are covered. The
+    format is that of `rleToString` in the COCO API.
     """
     chunks = np.frombuffer(packed, np.uint8).astype(np.int64) - 48
     if not len(chunks) or chunks.min() < 0 or chunks.max() > 63 or chunks[-1] & 32:

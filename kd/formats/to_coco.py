@@ -56,12 +56,9 @@ def coco_split(
 ) -> tuple[Path, Path]:
     """Return a split's COCO JSON, built if missing or outdated, and its image folder.
 
-    Args:
-        layout: A name in `kd.formats.LAYOUTS`, or `package.module:attribute`.
-        root: The dataset's folder; for VOC, `VOCdevkit`.
-        split: Name of the split. VOC needs the year's folder (`VOC2007/trainval`), and `+` joins
-            years.
-        classes: Class names of a custom dataset in VOC's layout; None for VOC's classes.
+    `layout` is a name in `kd.formats.LAYOUTS`, or `package.module:attribute`. For VOC, `root` is
+    `VOCdevkit`, `split` includes the year's folder (`VOC2007/trainval`) and may join several years
+    with `+`, and `classes` are the class names of a custom dataset.
     """
     made = resolve(LAYOUTS, layout, what="layout")
     if is_foreign(layout):

@@ -1,9 +1,8 @@
 """Convert Pascal VOC's boxes to COCO JSONs (Everingham et al., doi:10.1007/s11263-009-0275-4).
 
-A year's folder, such as `VOCdevkit/VOC2007`, contains `Annotations/*.xml`, `ImageSets/Main/*.txt`
-and `JPEGImages`. VOC's pixel coordinates start at 1 and are inclusive: x from 1 to 16 becomes 0 to
-16 in the JSON. Difficult objects become crowds, which training skips and `kd.metrics.voc_ap`
-ignores.
+A year's folder contains `Annotations/*.xml`, `ImageSets/Main/*.txt` and `JPEGImages`. VOC's
+coordinates are one-based and inclusive: x from 1 to 16 becomes 0 to 16 in the JSON. Difficult
+objects become crowds, which training skips and `kd.metrics.voc_ap` ignores.
 """
 
 from __future__ import annotations

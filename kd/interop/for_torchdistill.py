@@ -1,9 +1,8 @@
 """Use the losses of kd in torchdistill, e.g. `kd.pair_wise`.
 
-List this module in the `dependencies` of a torchdistill config; `docs/examples/torchdistill.yaml`
-is an example. Importing this module registers `kd.<loss>` for each loss that compares one tensor of
-the student with one tensor of the teacher. The keyword arguments of a registered loss are the
-module paths, as for torchdistill's losses, and the options of the loss in kd.
+Importing this module registers `kd.<loss>` for each loss between one student tensor and one teacher
+tensor. List it in the `dependencies` of a torchdistill config, as in
+`docs/examples/torchdistill.yaml`. A loss takes torchdistill's module paths and its options in kd.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Loss(nn.Module):
-    """A loss of kd between the outputs of two modules, which torchdistill collects."""
+    """A loss of kd in torchdistill's interface, between the outputs of two modules."""
 
     def __init__(
         self,
@@ -66,9 +65,9 @@ class _Loss(nn.Module):
 class _Imitation(_Loss):
     """Imitation loss in cells whose anchors fit an object.
 
-    The targets of torchdistill must be lists of `{"boxes": ...}`, one per image. `stride` is the
-    distance between anchors in pixels, `scales` are the sides of the anchors in strides, and
-    `ratios` are height divided by width. For `psi` see `imitation_mask`.
+    The targets must be lists of `{"boxes": ...}`, one per image. `stride` is the distance between
+    anchors in pixels, `scales` are anchor sides in strides, and `ratios` are height / width. For
+    `psi` see `imitation_mask`.
     """
 
     def __init__(

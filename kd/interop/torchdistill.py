@@ -1,15 +1,12 @@
 """Use the mid-level losses of torchdistill as distillation terms.
 
-In torchdistill a loss selects features by module path from the outputs of whole models. Here it
-gets one tensor of the student and one of the teacher, and is a term like any other: `losses:
-[{name: torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. The module paths in
-the constructor of the loss are filled in; all other arguments are options of the term.
+A term gives the loss one student tensor and one teacher tensor instead of module paths: `losses:
+[{name: torchdistill.DISTLoss, weight: 1.0, student: logits, teacher: logits}]`. The constructor's
+other arguments are options of the term.
 
-`KDLoss` and `LogitStdKDLoss` are corrected. In torchdistill they add a supervised loss with the
-weight `alpha`, which is part of the task here. Without this part they omit the factor of the
-squared temperature, and they divide the loss of maps by the number of images instead of pixels. If
-a loss has weights, which torchdistill's engine does not optimise, they are trained here together
-with the student.
+`KDLoss` and `LogitStdKDLoss` are corrected: they include no supervised loss, are multiplied by the
+squared temperature, and average maps over pixels instead of images. Weights of a loss are trained
+together with the student, which torchdistill does not do.
 """
 
 from __future__ import annotations
@@ -36,10 +33,9 @@ PAIRED = ("FSPLoss", "HierarchicalContextLoss", "VIDLoss")
 
 
 class Borrowed(nn.Module):
-    """A loss of torchdistill between one tensor of the student and one tensor of the teacher.
+    """A torchdistill loss between one student tensor and one teacher tensor, times `factor`.
 
-    Both tensors are passed to `module` as outputs of a layer called `LAYER`, and the result is
-    multiplied by `factor`.
+    `module` gets both tensors as outputs of a layer named `LAYER`.
     """
 
     def __init__(self, name: str, module: nn.Module, factor: float) -> None:
@@ -62,10 +58,8 @@ class Borrowed(nn.Module):
 class Borrow:
     """A mid-level loss of torchdistill as a function `(student, teacher, *, options)`.
 
-    The signature of the object lists the options of the loss, so that they can be checked.
-
-    Raises:
-        UserError: The name is unknown, or the loss needs more than one tensor of each model.
+    Its signature lists the options of the loss. Raises a UserError if the name is unknown, or if
+    the loss needs more than one tensor of each model.
     """
 
     def __init__(self, name: str) -> None:
@@ -92,7 +86,7 @@ class Borrow:
         return value
 
     def module(self, channels: int = 0, /, **options: Any) -> Borrowed:
-        """Build the loss as a module; `channels` is not used, since options include channels."""
+        """Build the loss as a module; `channels` is unused, since the options include channels."""
         factor = options["temperature"] ** 2 if self.name in SOFTENED else 1.0
         return Borrowed(self.name, self._build(**self._places, **options), factor)
 
@@ -102,13 +96,13 @@ class Borrow:
 
 
 def _registry() -> dict[str, Callable[..., nn.Module]]:
-    """Return torchdistill's mid-level losses by name; imported only here, as it takes seconds."""
+    """Return torchdistill's mid-level losses by name, imported only when needed (takes seconds)."""
     importlib.import_module("torchdistill.losses.mid_level")  # fills the registry
     return dict(importlib.import_module("torchdistill.losses.registry").MIDDLE_LEVEL_LOSS_DICT)
 
 
 def _places(name: str, parameters: list[str]) -> dict[str, Any]:
-    """Choose the constructor arguments by which a loss of torchdistill finds its tensors."""
+    """Choose the constructor arguments that tell a torchdistill loss where to find its tensors."""
     places: dict[str, Any] = {}
     paths = [one for one in parameters if one.endswith("_path")]
     pairs = [one for one in parameters if one.endswith("_pairs")]

@@ -1,4 +1,4 @@
-"""Boxes over their image, in fixed colours, with scores and legend."""
+"""Figures of boxes over their image, in fixed class colours, with scores and a legend."""
 
 from __future__ import annotations
 
@@ -24,13 +24,10 @@ RIGHT, WRONG, CROWD, IGNORED = range(4)
 
 
 class Marked(NamedTuple):
-    """Boxes to be drawn over an image.
+    """Boxes to draw over an image.
 
-    Attributes:
-        xywh: Boxes, (n, 4), in pixels of the image.
-        labels: Class of each box, (n,), 0..C-1.
-        styles: Style of each box, (n,): `RIGHT`, `WRONG`, `CROWD` or `IGNORED`.
-        scores: Scores of detections, (n,); None for ground truth.
+    `xywh` (n, 4) is in pixels of the image, `labels` (n,) are classes 0..C-1, and `styles` (n,) are
+    `RIGHT`, `WRONG`, `CROWD` or `IGNORED`. `scores` (n,) is None for ground truth.
     """
 
     xywh: NDArray[np.float64]
@@ -42,13 +39,10 @@ class Marked(NamedTuple):
 def boxes_figure(
     image: Tensor, panels: Mapping[str, Marked], names: Sequence[str], *, least: float | None = None
 ) -> Figure:
-    """Draw an image once per panel, with boxes in the colours of their classes.
+    """Draw an image, (3, H, W) uint8, once per panel with boxes in the colours of their classes.
 
-    Args:
-        image: (3, H, W) uint8.
-        panels: Title of each panel -> its boxes.
-        names: C class names.
-        least: Smallest score of the drawn detections, for the legend; None: not mentioned.
+    `panels` maps titles to boxes. `names` are the C class names. `least` is the smallest score of
+    drawn detections, mentioned in the legend unless it is None.
     """
     height, width = image.shape[1:]
     handles = _legend(panels, names, least)
@@ -107,5 +101,5 @@ def _legend(
 
 
 def xywh(boxes: Tensor) -> Tensor:
-    """Convert boxes (K, 4) from corners to corner, width and height, as in COCO."""
+    """Convert boxes (K, 4) from x1, y1, x2, y2 to x, y, width, height, as in COCO."""
     return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)

@@ -1,4 +1,4 @@
-"""Bars: probabilities of classes, metrics by class, and metrics with intervals."""
+"""Bar charts of class probabilities, metrics by class, and metrics with intervals."""
 
 from __future__ import annotations
 
@@ -26,16 +26,11 @@ def bars(
     usual: NDArray[Any] | None = None,
     digits: int = 0,
 ) -> None:
-    """Draw the likeliest classes as bars, the true one in colour.
+    """Draw the `top` most likely classes as bars, the true class in colour.
 
-    Args:
-        axes: Where to draw.
-        belief: Predicted probabilities, (C,).
-        names: C names.
-        top: Number of bars.
-        truth: Name of the true class; without it all bars are coloured.
-        usual: Class prior, (C,), which is marked on the bars.
-        digits: Decimal places of the percentages.
+    `belief` (C,) are predicted probabilities and `names` the C class names. Without `truth`, all
+    bars are coloured. The class prior `usual` (C,) is marked on the bars. `digits` is the number of
+    decimal places of the percentages.
     """
     order = np.argsort(-belief, kind="stable")[:top]
     place = np.arange(len(order))
@@ -69,17 +64,11 @@ def metric_by_class(
     runs: Mapping[str, Sequence[float]], names: Sequence[str], support: Sequence[float],
     limits: tuple[float, float],
 ) -> tuple[Figure, Axes, Axes]:  # fmt: skip
-    """Draw a metric of each class, with a bar for each run, above the class's frequency.
+    """Draw a metric for each class, with a bar per run, above a panel of class frequencies.
 
-    Args:
-        runs: Name -> the metric of each class, in percent.
-        names: Names of the same classes.
-        support: Frequencies of the classes, the largest first; drawn on a logarithmic scale if
-            they differ by more than a factor of 20.
-        limits: Limits of that scale.
-
-    Returns:
-        The figure, its upper and its lower axes, without labels and legend.
+    `runs` maps a run's name to its metric for each class in percent. `support` has the class
+    frequencies in descending order; their scale has the given `limits`, and is logarithmic if they
+    differ by more than a factor of 20. Returns the figure and its upper and lower axes.
     """
     place, width = np.arange(len(support)), 0.84 / len(runs)
     inches = min(max(4.5, (0.16 + 0.1 * len(runs)) * len(support) + 1.2), 16.0)
@@ -105,13 +94,9 @@ def metric_by_class(
 def interval_bars(
     axes: Axes, runs: Mapping[str, Sequence[Interval]], labels: Sequence[str], *, digits: int
 ) -> None:
-    """Draw groups of bars with 95 % intervals and numbers, in percent.
+    """Draw groups of bars with 95 % intervals, and numbers in percent with `digits` decimals.
 
-    Args:
-        axes: Where to draw.
-        runs: Name -> the fractions of each group; each run has a bar in every group.
-        labels: Titles of the groups.
-        digits: Decimal places of the numbers.
+    `runs` maps a run's name to its fraction in each group; `labels` are the titles of the groups.
     """
     place, width, top = np.arange(len(labels)), 0.8 / len(runs), 0.0
     for row, ((name, found), colour) in enumerate(

@@ -1,4 +1,4 @@
-"""Figure of a comparison: bars of variants, metric by metric."""
+"""Figure that compares variants: bars, metric by metric."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from kd.report.tables import Comparison, Table
 
 
 def comparison_figure(table: Table) -> Figure:
-    """Draw a panel for each metric in percent, or for each metric if none is.
+    """Draw a panel for each metric in percent, or for each metric if none is in percent.
 
-    Bars are means of the variants, dots are seeds; differences are written above.
-
-    Args:
-        table: From `distill_table` or `runs_table`.
+    `table` is from `distill_table` or `runs_table`. Bars are means of the variants, dots are seeds;
+    differences are written above.
     """
     known = {entry.metric.name: entry.metric for entry in table.comparisons}
     chosen = [name for name in known if known[name].unit == "%"] or list(known)
@@ -39,7 +37,7 @@ def comparison_figure(table: Table) -> Figure:
 
 
 def _comparison_panel(axes: Axes, line: Sequence[Comparison], shades: Sequence[str]) -> None:
-    """Bars of one metric from zero, so that their lengths can be compared."""
+    """Draw the bars of one metric, starting at zero so that their lengths can be compared."""
     clean(axes)
     metric = line[0].metric
     scale = metric.scale

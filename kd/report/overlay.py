@@ -1,4 +1,4 @@
-"""Label maps over their image, side by side in fixed colours."""
+"""Figures of label maps over their image, side by side in fixed colours."""
 
 from __future__ import annotations
 
@@ -40,12 +40,9 @@ def class_colour(number: int) -> str:
 
 
 def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.uint8]:
-    """Blend class colours over the grey image, (H, W, 3); unlabelled pixels are pale.
+    """Blend class colours over the grey image (3, H, W) uint8: (H, W, 3); `VOID` is pale.
 
-    Args:
-        image: (3, H, W) uint8.
-        labels: (H, W), classes or `VOID`.
-        names: C names.
+    `labels` (H, W) are classes or `VOID`; `names` are the C class names.
     """
     colours = np.zeros((256, 3))
     strength = np.full(256, _STRENGTH)
@@ -60,12 +57,9 @@ def painted(image: Tensor, labels: Tensor, names: Sequence[str]) -> NDArray[np.u
 
 
 def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """Draw the image and each label map over it, with a legend of the classes that occur.
+    """Draw an image, (3, H, W) uint8, and label maps over it, with a legend of their classes.
 
-    Args:
-        image: (3, H, W) uint8.
-        maps: Title -> (H, W), classes or `VOID`.
-        names: C names.
+    `maps` maps titles to (H, W) label maps of classes or `VOID`; `names` are the C class names.
     """
     height, width = image.shape[1:]
     handles = _legend(torch.cat([labels.flatten() for labels in maps.values()]), names)
@@ -81,7 +75,7 @@ def overlay_figure(image: Tensor, maps: Mapping[str, Tensor], names: Sequence[st
 
 
 def _legend(labels: Tensor, names: Sequence[str]) -> list[Patch]:
-    """A patch for each class that occurs, in their order, except the background."""
+    """Legend entries for the classes that occur, in their order, except the background."""
     found = [int(number) for number in labels.unique().tolist()]
     handles = [
         Patch(color=class_colour(number), label=names[number])

@@ -1,7 +1,7 @@
 """Shared style of figures: colours, axes, and figures as files or tensors.
 
-Figures are drawn without a display or global state. Colours are those of Okabe and Ito, which the
-colour-blind can distinguish; references are grey or black, with different dashes.
+Figures are drawn without a display or global state, in the colour-blind-safe colours of Okabe and
+Ito. References are grey or black, with different dashes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LETTERS_AN_INCH = 13  # average in a legend
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Create a figure of this size in inches and its `clean` axes."""
+    """Create a figure of this size in inches, with `clean` axes."""
     figure, [axes] = new_stack(width, height, (1.0,))
     return figure, axes
 
@@ -56,7 +56,7 @@ def new_stack(width: float, height: float, ratios: tuple[float, ...]) -> tuple[F
 
 
 def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Create a figure of this size in inches and its panels, row by row, without axis lines."""
+    """Create a figure of this size in inches: a grid of panels, row by row, without axis lines."""
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
     figure = Figure(figsize=(width, height), layout=layout)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -68,14 +68,10 @@ def new_panels(rows: int, columns: int, width: float, height: float) -> tuple[Fi
 def image_panels(
     count: int, aspect: float, *, most: int, across: float, handles: Sequence[Artist] = ()
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels for images of one size, and a legend below them.
+    """Create a figure with panels for `count` images of one size, and a legend below them.
 
-    Args:
-        count: Number of panels.
-        aspect: Height of the images divided by their width.
-        most: Largest number of panels in a row.
-        across: Width of a panel in inches.
-        handles: Entries of the legend; none without any.
+    `aspect` is the images' height divided by their width, `most` the largest number of panels in a
+    row, and `across` the width of a panel in inches. Without `handles` there is no legend.
     """
     rows = -(-count // most)
     columns = -(-count // rows)
@@ -102,7 +98,7 @@ def clean(axes: Axes) -> None:
 
 
 def colours(count: int) -> list[str]:
-    """Colours of `count` runs; they repeat where there are more than `COLOURS`."""
+    """Colours of `count` runs; they repeat beyond the length of `COLOURS`."""
     return [COLOURS[place % len(COLOURS)] for place in range(count)]
 
 
@@ -135,7 +131,7 @@ def legend_above(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write a figure; the suffix selects the format."""
+    """Write a figure to a file; the suffix selects the format."""
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +147,7 @@ def save_image(image: Tensor, file: Path) -> None:
 
 
 def figure_image(figure: Figure, *, dpi: int = 110) -> Tensor:
-    """Render a figure to (3, H, W) uint8, as TensorBoard's `add_image` takes it."""
+    """Render a figure to (3, H, W) uint8, the format of TensorBoard's `add_image`."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

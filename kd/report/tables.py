@@ -30,18 +30,18 @@ Row = tuple[str, ...]
 
 
 class Scorer(Protocol):
-    """Computes metrics of one kind of records."""
+    """Computes metrics of one kind of prediction records."""
 
     @property
     def things(self) -> str:
-        """Plural noun for messages: `objects`."""
+        """Plural noun for the predicted items in messages: `objects`."""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Default metrics of a table."""
+        """Names of the metrics that a table shows by default."""
 
     def metric(self, name: str) -> Metric:
-        """The declaration of a metric."""
+        """The definition of a metric, by name."""
 
     def value(self, records: Records, name: str) -> float | None:
         """Value of a metric, None if no row counts for it; raise a UserError if it is unknown."""
@@ -50,13 +50,13 @@ class Scorer(Protocol):
         """A metric with its 95 % interval over images, or None."""
 
     def difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """A metric minus that of a paired run on the same images; unknown bounds are NaN."""
+        """Difference of a metric from a paired run on the same images; unknown bounds are NaN."""
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """Reference predictions on the same rows, by name."""
+        """Reference predictions for the same rows, by name."""
 
     def notes(self, records: Records) -> Sequence[str]:
-        """Notes about the references."""
+        """Notes about the references, printed below a table."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _compare(
     runs: Sequence[Records],
     twins: Sequence[Records] | None,
 ) -> Comparison:
-    """Compare with the baseline's `twins`: over seeds, or over images for a single seed."""
+    """Compare a variant with the baseline's `twins`: over seeds, or over images for one seed."""
     metric = scorer.metric(name)
     values = tuple(value_of(scorer, name, run) for run in runs)
     if twins is None:
@@ -95,7 +95,7 @@ def _compare(
 
 
 def value_of(scorer: Scorer, name: str, records: Records) -> float:
-    """A metric; raises `UserError` if it is unknown or no row counts for it."""
+    """Compute a metric; raise a `UserError` if it is unknown or no row counts for it."""
     number = scorer.value(records, name)
     if number is None:
         raise UserError(f"metric {name!r}: none of these {scorer.things} counts for it")
@@ -104,7 +104,7 @@ def value_of(scorer: Scorer, name: str, records: Records) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of a table, and the numbers behind them."""
+    """Cells of a table as text, and the comparisons that they show."""
 
     title: str
     header: Row
@@ -113,7 +113,7 @@ class Table:
     comparisons: tuple[Comparison, ...] = ()
 
     def to_text(self) -> str:
-        """Format aligned lines without colours."""
+        """Format the table as aligned lines without colours."""
         rows = [self.header, *(row for group in self.groups for row in group)]
         widths = [max(len(row[place]) for row in rows) for place in range(len(self.header))]
 
@@ -129,7 +129,7 @@ class Table:
         return "\n".join([*lines, *self.notes]) + "\n"
 
     def to_markdown(self) -> str:
-        """Format a heading, a table and a list of notes."""
+        """Format the table as Markdown: a heading, a table and a list of notes."""
         dashes = ["---", *["---:"] * (len(self.header) - 1)]
         rows = [self.header, tuple(dashes), *(row for group in self.groups for row in group)]
         cells = [
@@ -141,7 +141,7 @@ class Table:
 
 
 def print_table(table: Table, stream: TextIO | None = None) -> None:
-    """Print a table: formatted on a terminal that is wide enough, otherwise as plain text."""
+    """Print a table, formatted on a wide enough terminal and otherwise as plain text."""
     stream = stream or sys.stdout
     text = table.to_text()
     width = max(map(len, text.splitlines()))
@@ -179,14 +179,11 @@ def distill_table(
 
     Args:
         scorer: Computes the metrics.
-        variants: Variant -> predictions of the same rows, one per seed; in the columns' order.
+        variants: Variant -> predictions for the same rows, one per seed; gives the column order.
         seeds: The seeds.
         metrics: Rows; by default those of `scorer.rows` that the records allow.
-        title: Above the table.
+        title: Title of the table.
         baseline: The variant that others are compared with.
-
-    Raises:
-        UserError: No such variant, unequal numbers of seeds, or a metric that cannot be computed.
     """
     if baseline not in variants or not seeds:
         raise UserError(
@@ -209,17 +206,10 @@ def runs_table(
     metrics: Sequence[str] | None = None,
     title: str = "Runs",
 ) -> Table:
-    """Compare single runs with the first of them, over the same images.
+    """Compare single runs with the first run, on the same images.
 
-    Args:
-        scorer: Computes the metrics.
-        runs: Name -> predictions of the same rows.
-        ceilings: Metric -> value of the exact posterior.
-        metrics: Rows; by default those of `scorer.rows` that the records allow.
-        title: Above the table.
-
-    Raises:
-        UserError: No run, or a metric that cannot be computed.
+    `runs` maps a name to predictions for the same rows. `ceilings` maps a metric to its value for
+    the exact posterior. By default, the rows are the `scorer.rows` that the records allow.
     """
     if not runs:
         raise UserError("no run to show")
@@ -239,7 +229,7 @@ def _compared(
     notes: Sequence[str],
     ceilings: Mapping[str, float] | None = None,
 ) -> Table:
-    """A row for each metric: the baseline, then each variant and its difference from it."""
+    """Build a row for each metric: the baseline, then each variant and its difference from it."""
     first, others = variants[baseline][0], [name for name in variants if name != baseline]
     names, references = list(dict.fromkeys(metrics or ())), scorer.references(first)
     if metrics is None:
@@ -277,7 +267,7 @@ def _compared(
 
 
 def _row(label: str, line: Sequence[Comparison], seed: int | None) -> Row:
-    """Cells of a metric: mean over seeds, or one seed."""
+    """Cells of a metric: the mean over seeds, or the value of one seed."""
     cells = [label]
     for entry in line:
         cells.append(entry.metric.text(entry.mean if seed is None else entry.values[seed]))
@@ -343,14 +333,10 @@ def side_by_side_table(
     *,
     bounded: Sequence[str] = (),
 ) -> Table:
-    """Tabulate several runs, a row for each, and below them the references.
+    """Tabulate several runs (`rows`), one per row, and below them the references.
 
-    Args:
-        scorer: Declares the metrics.
-        rows: Runs with intervals, then references without.
-        title: Above the table.
-        notes: Below it.
-        bounded: Metrics whose intervals are in the table.
+    Runs have intervals, references have none. `bounded` names the metrics whose intervals are
+    shown.
     """
     metrics = [scorer.metric(name) for name in rows[0].values]
     lines = []
@@ -389,11 +375,8 @@ def transfer_table(
 ) -> Table:
     """Tabulate means over seeds, and differences from the first row with t intervals over seeds.
 
-    Args:
-        numbers: Maps (mode, start), such as ("probe", "random"), to summaries, one per seed.
-            Entries of a mode are adjacent; `start` names the initial weights of the trunk.
-        seeds: The seeds.
-        title: Above the table.
+    `numbers` maps (mode, start), such as ("probe", "random"), to metrics for each seed; `start`
+    names the initial trunk weights. Entries of one mode must be adjacent.
     """
     first = next(iter(numbers))
     baseline, chance = first[1], numbers[first][0]

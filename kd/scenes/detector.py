@@ -4,8 +4,7 @@
 
 Boxes are slightly inexact, some objects are missed, and some boxes contain no object. The score of
 an object's *look* is divided at random among the classes with this look, so a box has several
-classes with similar scores. Neither the scene nor other objects influence a box's results. The same
-arguments always give the same bytes.
+classes with similar scores. The same arguments always give the same bytes.
 """
 
 from __future__ import annotations

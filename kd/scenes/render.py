@@ -32,9 +32,8 @@ class Painting:
     """A rendered scene: the image and, for each object, its outlines and area."""
 
     image: Bytes  # (size, size, 3), RGB
-    outlines: list[
-        list[list[float]]
-    ]  # for each object, polygons inside its box as flat x, y in pixels
+    # For each object, polygons inside its box as flat lists of x, y in pixels.
+    outlines: list[list[list[float]]]
     areas: list[int]  # for each object, the pixels of its shape, including occluded ones
 
 

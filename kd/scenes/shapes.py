@@ -14,9 +14,7 @@ Ground = tuple[Colour, Texture]
 class Shape:
     """One filled shape of a look, in a unit square."""
 
-    form: Literal[
-        "ellipse", "polygon"
-    ]  # an ellipse has two corners, a polygon three or more points
+    form: Literal["ellipse", "polygon"]  # with two corners, or three or more points
     colour: Colour  # RGB before the object's random shift
     points: tuple[tuple[float, float], ...]  # x, y in 0..1
     outline: bool = True  # part of the silhouette, not a detail inside it

@@ -1,8 +1,4 @@
-"""Read cached teacher outputs for a sample, and augment feature maps like the sample's image.
-
-`kd.teacher_cache.equivariance` measures how close an augmented feature map is to the teacher's
-output for the augmented image.
-"""
+"""Read cached teacher outputs for a sample, and augment feature maps like the sample's image."""
 
 from __future__ import annotations
 
@@ -102,17 +98,12 @@ def resample(
     frame: tuple[int, int],
     grid: tuple[int, int],
 ) -> Tensor:
-    """Resample feature maps of an image to the grid of a geometrically transformed image.
+    """Resample feature maps (K, C, h, w) of an image to the grid of a transformed image.
 
-    Cells outside the image repeat its edge. Downscaling is antialiased.
-
-    Args:
-        maps: (K, C, h, w), covering the whole image.
-        sources: (2, 3) affine map from (x, y, 1) in the transformed image to (x, y) in the image,
-            in pixels.
-        size: Height and width of the image.
-        frame: Height and width of the transformed image.
-        grid: Height and width of the result, (K, C, *grid).
+    Cells outside the image repeat its edge; downscaling is antialiased. `sources` is the (2, 3)
+    affine map from (x, y, 1) in pixels of the transformed image to (x, y) in pixels of the image.
+    `size` and `frame` are the (height, width) of the image and the transformed image. `grid` is the
+    (height, width) of the result, (K, C, *grid).
     """
     steps = (
         np.linalg.norm(sources[:, 1::-1], axis=0) * frame / grid

@@ -89,22 +89,14 @@ _PROBABILITIES = (*_GEOMETRY, *_COLOURS, "blur")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sampled augmentation of one image, applied in the order crop, flip, shift, rotation.
+    """Sampled augmentation of one image, applied in the order crop, flip, shift, rotation."""
 
-    Attributes:
-        size: Height and width of the result, pixels.
-        crop: Top, left, height and width of the crop, which is scaled to `size`; None for no crop.
-        shift: Pixels to the right and down; vacated pixels are 0.
-        angle: Degrees anticlockwise about the centre; vacated corners are 0.
-        blur: Standard deviation of a Gaussian blur in pixels; 0 for no blur.
-    """
-
-    size: tuple[int, int]
-    crop: tuple[int, int, int, int] | None = None
-    flip: bool = False
-    shift: tuple[int, int] = (0, 0)
-    angle: float = 0.0
-    blur: float = 0.0
+    size: tuple[int, int]  # height and width of the result, pixels
+    crop: tuple[int, int, int, int] | None = None  # top, left, height, width; scaled to `size`
+    flip: bool = False  # mirror left and right
+    shift: tuple[int, int] = (0, 0)  # pixels to the right and down; vacated pixels are 0
+    angle: float = 0.0  # degrees anticlockwise about the centre; vacated corners are 0
+    blur: float = 0.0  # standard deviation of a Gaussian blur in pixels; 0 for no blur
     colour: ColourChange | None = None
 
     def move(self, inputs: T) -> T:
@@ -176,39 +168,26 @@ class Plan:
 class Augment:
     """Random augmentation of a training image at its working size.
 
-    The fields from `flip` to `jitter` are independent probabilities. `flip` mirrors left and right,
-    `shuffle` permutes the colour channels, and `grey` removes the colour.
-
-    Attributes:
-        max_shift: Largest shift, as a fraction of width and height.
-        max_angle: Largest rotation in degrees.
-        crop_scale: Range of the crop's fraction of the image area. The crop is enlarged to the
-            image's long side.
-        max_rgb_shift: Largest change of each channel by `rgb_shift`, of 255.
-        max_blur: Largest standard deviation of the Gaussian blur in pixels.
-        max_jitter: `jitter` multiplies brightness, contrast and saturation by 1 +- this value at
-            most.
-        max_hue: Largest hue shift by `jitter`, as a fraction of the colour circle.
-        min_visible: Objects are dropped if a smaller fraction of their box stays in the image.
+    The fields from `flip` to `jitter` are independent probabilities.
     """
 
-    flip: float = 0.5
-    shift: float = 0.1
-    rotate: float = 0.1
-    crop: float = 0.0
-    rgb_shift: float = 0.1
-    shuffle: float = 0.1
-    grey: float = 0.1
-    blur: float = 0.1
-    jitter: float = 0.1
-    max_shift: float = 0.0625
-    max_angle: float = 10.0
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    max_rgb_shift: float = 20.0
-    max_blur: float = 1.5
-    max_jitter: float = 0.2
-    max_hue: float = 0.1
-    min_visible: float = 0.3
+    flip: float = 0.5  # mirror left and right
+    shift: float = 0.1  # shift by up to `max_shift`
+    rotate: float = 0.1  # rotate by up to `max_angle`
+    crop: float = 0.0  # crop a part, and scale it to the image's long side
+    rgb_shift: float = 0.1  # add up to +-`max_rgb_shift` to each channel
+    shuffle: float = 0.1  # permute the channels
+    grey: float = 0.1  # remove the colour
+    blur: float = 0.1  # blur by a Gaussian with a standard deviation of up to `max_blur`
+    jitter: float = 0.1  # change brightness, contrast, saturation and hue
+    max_shift: float = 0.0625  # fraction of width and height
+    max_angle: float = 10.0  # degrees
+    crop_scale: tuple[float, float] = (0.5, 1.0)  # range of the crop's fraction of the image area
+    max_rgb_shift: float = 20.0  # of 255
+    max_blur: float = 1.5  # pixels
+    max_jitter: float = 0.2  # factors of brightness, contrast and saturation are 1 +- this
+    max_hue: float = 0.1  # fraction of the colour circle
+    min_visible: float = 0.3  # drop objects of whose box a smaller fraction stays in the image
 
     def __post_init__(self) -> None:
         fractions = ("max_shift", "max_jitter", "max_hue", "min_visible")

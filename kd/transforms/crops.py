@@ -19,19 +19,12 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """Sampled crop of one image.
+    """Sampled crop of one image."""
 
-    Attributes:
-        window: Top, left, height and width of the crop, in pixels of the image file.
-        size: Height and width to which the crop is scaled; the rest of the frame is padding.
-        flip: Mirror left and right.
-        upside_down: Mirror top and bottom.
-    """
-
-    window: tuple[int, int, int, int]
-    size: tuple[int, int]
-    flip: bool = False
-    upside_down: bool = False
+    window: tuple[int, int, int, int]  # top, left, height, width in pixels of the image file
+    size: tuple[int, int]  # height and width to which the crop is scaled; the frame is padded
+    flip: bool = False  # mirror left and right
+    upside_down: bool = False  # mirror top and bottom
     colour: ColourChange | None = None
 
     def image(self, pixels: Tensor, frame: tuple[int, int]) -> Tensor:

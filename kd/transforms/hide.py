@@ -49,17 +49,12 @@ def hide_fraction(progress: float, *, start: float, until: float) -> float:
 def hidden_regions(
     boxes: Tensor, size: tuple[int, int], *, shape: str = "box", fraction: Tensor | None = None
 ) -> Tensor:
-    """Draw the region to hide for each of (K, 4) xyxy pixel boxes: (K, H, W) bool.
+    """Draw the region to hide for each of K boxes, (K, 4) xyxy pixels: (K, *size) bool.
 
-    Every shape covers the whole box and at least one pixel, and is clipped to the frame. A `square`
-    has the centre and the longer side of the box. An `ellipse` is the smallest one around the box;
-    its axes are sqrt(2) times the sides. For segmentation masks, see `shrink_masks`.
-
-    Args:
-        boxes: (K, 4) xyxy pixels.
-        size: Height and width of the frame, H and W.
-        shape: `box`, `square` or `ellipse`.
-        fraction: (K,) fraction of the region's area to hide, around the box centre; None for all.
+    Every region covers the whole box and at least one pixel, and is clipped to the frame. Its
+    `shape` is `box`, `square` (with the centre and the longer side of the box) or `ellipse` (the
+    smallest one around the box). If given, `fraction` (K,) reduces the regions to this fraction of
+    their area, about the box centre. For segmentation masks, see `shrink_masks`.
     """
     if shape not in SHAPES or shape == "segment":
         raise UserError(
@@ -132,14 +127,9 @@ def class_maps(
 ) -> Tensor:
     """Draw each object's box on the map of its class: (N, C, H, W) bool; classes may overlap.
 
-    Args:
-        boxes: (M, 4) xyxy pixels.
-        labels: (M,) int64; objects with label -1 are not drawn.
-        image_of: (M,) int64, index of the image that contains each object.
-        num_images: Number of images, N.
-        num_classes: Number of classes, C.
-        size: Height and width of the maps, H and W.
-        out: Result of an earlier call to overwrite, which saves a slow allocation on the CPU.
+    `boxes` are (M, 4) xyxy pixels. `labels` (M,) are int64; objects with label -1 are not drawn.
+    `image_of` (M,) int64 is the index of each object's image. `out`, the result of an earlier call,
+    is overwritten if given, which saves a slow allocation on the CPU.
     """
     shape = (num_images, num_classes, *size)
     if out is None:
