@@ -21,7 +21,7 @@ DECODED_FIRST = 2000  # splits up to this size are decoded before training, in t
 
 
 class AnnotatedSection(Protocol):
-    """Config section of an annotated dataset; a split is a COCO JSON with images, or a name."""
+    """Config section of an annotated dataset; each split is a COCO JSON and images, or a name."""
 
     @property
     def name(self) -> str: ...

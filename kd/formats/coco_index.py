@@ -271,9 +271,9 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Memory-map an index, read-only: its arrays by name, and its `meta.json`.
+    """Memory-map an index read-only; return its arrays by name, and its `meta.json`.
 
-    Raises OSError if a file is missing, ValueError if one is corrupt.
+    Raises OSError if a file is missing, ValueError if a file is corrupt.
     """
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {}
@@ -293,7 +293,7 @@ def _build(annotation_file: Path, folder: Path) -> None:
     with FileLock(parent / f"{folder.name}.lock"):
         if _is_fresh(folder, annotation_file):  # another process has built it meanwhile
             return
-        for leftover in parent.glob(f".{folder.name}.*"):  # a killed build left it
+        for leftover in parent.glob(f".{folder.name}.*"):  # from a build that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         partial = parent / f".{folder.name}.{secrets.token_hex(4)}"
         partial.mkdir()

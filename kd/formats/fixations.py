@@ -142,8 +142,8 @@ _COLUMNS = ("image", "subject", "x", "y")
 def read_salicon(path: Path, size: tuple[int, int]) -> Fixations:
     """Read the fixations of all observers from a .mat file of SALICON.
 
-    It contains `gaze`, with one entry per observer whose `fixations` are (F, 2) coordinates from 1,
-    and optionally `resolution`, the image's height and width.
+    It contains `gaze`, with one entry per observer whose `fixations` are 1-based coordinates (F,
+    2), and optionally `resolution`, the image's height and width.
     """
     content = _read_mat(path, "gaze")
     if "resolution" in content:

@@ -37,7 +37,7 @@ REFERENCES: dict[str, tuple[str, Any]] = {
     "other observers": ("black", "-."),
 }
 _OTHER = (GREY, ":")
-_LETTERS_AN_INCH = 13  # average in a legend
+_LETTERS_AN_INCH = 13  # average characters per inch of a legend
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -121,7 +121,7 @@ def legend_above(axes: Axes) -> None:
         *sorted(found, key=lambda f: not isinstance(f[0], BarContainer)), strict=True
     )
     inches = axes.figure.bbox.width / axes.figure.dpi
-    width = sum(map(len, labels)) + 6 * len(labels)  # in letters, handles too
+    width = sum(map(len, labels)) + 6 * len(labels)  # in characters, including the handles
     rows = -(-width // int(_LETTERS_AN_INCH * inches))
     columns = -(-len(labels) // rows)
     axes.legend(

@@ -68,7 +68,7 @@ def write_atomic(path: Path, write: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # as the process's umask wants; safetensors writes 0600
+        mode = partial.stat().st_mode  # follows the umask, but safetensors sets 0600
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())

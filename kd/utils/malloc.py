@@ -14,10 +14,11 @@ _TUNED = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc reuse large freed blocks; return False if libc is not glibc or the user tuned it.
+    """Make glibc reuse large freed blocks; return False if libc is not glibc or was configured.
 
     By default, glibc requests blocks above 32 MiB, such as feature maps, from the operating system
     in each step, which zeroes every page again. `benchmarks/allocator.py` measures the effect.
+    Nothing changes if the user has set malloc's environment variables.
     """
     if os.name != "posix" or any(name in os.environ for name in _TUNED):
         return False
