@@ -49,24 +49,19 @@ _NO_CHANGE = Augment(
 class DetectionSamples(AnnotatedSamples):
     """Samples of images with boxes, including images without objects.
 
-    In training the long side of an image is scaled at random. Images larger than the frame are
-    cropped at random, smaller ones are padded. Boxes are clipped at the border and dropped if less
-    than `augment.min_visible` of their area is left, or a side is below one pixel. Evaluation
-    samples are whole images with all boxes.
+    In training, images are rescaled at random, then cropped at random or padded to the frame. Boxes
+    are clipped at the border and dropped if less than `augment.min_visible` of their area is left
+    or a side is below one pixel. Evaluation samples are whole images with all boxes.
 
     Args:
         index: Images and boxes. Crowd regions become the entry `crowds`, never `boxes`.
         size: Side of the square frame, pixels.
-        train: Whether to scale and augment images at random; otherwise all epochs are the same.
-        augment: Options of `kd.transforms.augment.Augment`; None: random scales only.
-        scales: Smallest and largest long side of training images, as factors of `size`.
+        train: True: random scaling and augmentation. False: every epoch is the same.
+        augment: Options of `kd.transforms.augment.Augment`; None: random scaling and cropping only.
+        scales: Range of the training images' long side, as factors of `size`.
         only: Ids of the images to use; None: all.
-        seed: Random seed, 0 or more.
-        prepared: Folder written by `python -m kd.data.prepare` from this dataset.
+        prepared: Copy of this dataset written by `python -m kd.data.prepare`.
         options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`.
-
-    Raises:
-        UserError: `scales` is out of range, no image is left, or the prepared copy does not match.
     """
 
     def __init__(
@@ -108,7 +103,7 @@ class DetectionSamples(AnnotatedSamples):
         return sample
 
     def _draw(self, image: int, epoch: int, position: int) -> tuple[Tensor, Plan]:
-        """The image, scaled at random in training, and the geometric transform to apply to it."""
+        """Read an image, rescaled at random in training, and draw its geometric transform."""
         if not self.train:
             pixels = self.files.read(image)
             return pixels, Plan(size=(pixels.shape[1], pixels.shape[2]))
@@ -129,7 +124,7 @@ class DetectionSamples(AnnotatedSamples):
 
 @dataclass(frozen=True)
 class DetectionDataset(AnnotatedDataset):
-    """A dataset of images with boxes for detectors; no object is hidden."""
+    """A dataset of images with boxes for training and evaluating detectors."""
 
     @property
     def problem(self) -> Problem[Any]:
@@ -138,11 +133,11 @@ class DetectionDataset(AnnotatedDataset):
 
     @property
     def objects(self) -> ObjectsDataset:
-        """The same dataset for context teachers, which hide one object at a time."""
+        """The same dataset for context teachers: scenes with one object hidden at a time."""
         return ObjectsDataset(self.section, self.train, self.val)
 
     def class_info(self) -> Classes:
-        """Class names, class prior and ground truth, for KITTI with the objects' difficulties."""
+        """Class names, class prior and val ground truth (for KITTI, with difficulties)."""
         return Classes(
             self.class_names, self.prior(), self.val.confusable_groups, where=self.section.name,
             truth=lambda: self._val_truth,
@@ -150,24 +145,21 @@ class DetectionDataset(AnnotatedDataset):
 
     @cached_property
     def _val_truth(self) -> tuple[Truth, KittiTruth | None]:
-        """All boxes of the val JSON, crowds included; cached, since every evaluation uses them."""
+        """All val boxes, crowds included, and KITTI's ground truth (None for other datasets)."""
         truth = read_truth(self.val.annotation_file)
         return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
     def prior(self, images: Collection[int] | None = None) -> npt.NDArray[np.float64]:
-        """Class fractions (C,) of objects of any size, with one added to each count.
+        """Class fractions of train objects, (C,), with add-one smoothing.
 
         Args:
-            images: Ids of the train images to count on; None: all.
+            images: Ids of the train images to count in; None: all.
         """
         rows, _ = objects_on(self.train, images)
         return smoothed(np.bincount(self.train.labels[rows], minlength=self.num_classes))
 
     def samples(self, split: Split, **options: Any) -> DetectionSamples:
-        """Samples of a split with the data section's options.
-
-        `options` are arguments of `DetectionSamples` that replace those of the section.
-        """
+        """Samples of a split; `options` override the data section's arguments."""
         section = self.section
         if not section.images:
             raise UserError(

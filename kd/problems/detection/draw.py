@@ -25,13 +25,13 @@ def found_figures(
     runs: Mapping[str, Records], read: Callable[[int], Tensor], *, count: int,
     least: float = LEAST_SCORE,
 ) -> Iterator[Figure]:  # fmt: skip
-    """Draw images spread over a split, with ground truth and the detections of every run.
+    """Draw ground truth and each run's detections on images sampled evenly from a split.
 
     Args:
-        runs: Name -> records of the same images, in the order of the panels.
-        read: Reads the image with an id, (3, H, W) uint8, at the file's size.
-        count: Largest number of images; only images with an object are drawn.
-        least: Smallest score of the drawn detections.
+        runs: Run name -> records; all runs have the same images. Panels are in this order.
+        read: Reads an image by id as (3, H, W) uint8 at its original size.
+        count: Maximum number of images; images without objects are skipped.
+        least: Lowest score of a detection to draw.
     """
     first = next(iter(runs.values()))
     names = [str(name) for name in first["names"]]
@@ -63,12 +63,9 @@ def found_figures(
 def mask_figures(
     data: DetectionSamples, task: object, *, count: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw the imitation masks of a task; yield the name and the figure for each image.
+    """Yield the name and figure of a detection task's imitation masks, for up to `count` images.
 
-    Args:
-        data: Samples of whole images.
-        task: A detection task with the student's levels; for other tasks nothing is drawn.
-        count: Largest number of images, spread over the images with objects.
+    Yields nothing if the task is not `Detection` or has no `levels`.
     """
     if not isinstance(task, Detection) or not task.levels:
         return
@@ -84,11 +81,11 @@ def imitation_figure(
     image: Tensor, boxes: Tensor, levels: tuple[Level, ...], *,
     psis: Sequence[float] = (0.2, 0.5, 0.8), size: tuple[int, int] | None = None,
 ) -> Figure:  # fmt: skip
-    """Draw imitation masks, a row for each level of a network and a column for each threshold.
+    """Draw imitation masks over an image: one row per feature level, one column per threshold.
 
     Args:
         image: (3, H, W) uint8, the network's input with padding.
-        boxes: (G, 4), xyxy pixels; each is drawn only on the level that it is assigned to.
+        boxes: (G, 4) xyxy pixels; each box is drawn only on the level it is assigned to.
         levels: Strides and anchors of the network's feature maps.
         psis: Thresholds of `imitation_mask`.
         size: Height and width of the image without padding; None: (H, W).
@@ -121,13 +118,13 @@ def imitation_figure(
 
 
 def _nearest(level: Level, pixels: int, cells: int) -> Tensor:
-    """For each pixel along a side, the index of the cell with the nearest anchor centre."""
+    """For each pixel along an axis, the index of the cell with the nearest anchor centre, (P,)."""
     middles = (torch.arange(pixels) + 0.5) / level.stride
     return (middles + 0.5 - level.offset).floor().long().clamp(max=cells - 1)
 
 
 def _painted(grey: Array, chosen: Tensor) -> Array:
-    """Colour the grey image (H, W, 1) blue where `chosen` (H, W) is True; return RGB in 0..1."""
+    """Tint a grey image (H, W, 1) blue where `chosen` (H, W) is True; return RGB in 0..1."""
     blue = np.array([int(BLUE[place : place + 2], 16) / 255 for place in (1, 3, 5)])
     mask = chosen[..., None].numpy()
     return np.asarray(np.where(mask, 0.45 * grey + 0.55 * blue, 0.35 + 0.65 * grey))

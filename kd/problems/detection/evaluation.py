@@ -32,7 +32,7 @@ _AP = METRICS["AP"]
 
 @dataclass(frozen=True)
 class DetectionEvaluation(Evaluation):
-    """Tables and figures of detectors."""
+    """Tables and figures that compare the average precision of detectors."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -41,22 +41,22 @@ class DetectionEvaluation(Evaluation):
 
     @cached_property
     def classes(self) -> dict[str, list[scores.BoxRow]]:
-        """For each run, the COCO metrics of every class with an object."""
+        """COCO metrics by run, for each class that has an object."""
         return {name: scores.per_class(records) for name, records in self.runs.items()}
 
     @property
     def by_class(self) -> dict[str, dict[int, dict[str, float]]]:
-        """COCO's metrics by run, class number and name of the metric."""
+        """COCO metrics by run name, class index and metric name."""
         return {
             name: {row.label: row.numbers for row in rows} for name, rows in self.classes.items()
         }
 
     def summary_tables(self) -> list[Table]:
-        """A table of metrics with intervals, and a table of AP by object size."""
+        """A table of metrics with 95 % intervals, and a table of AP by object size."""
         return [*super().summary_tables(), self.size_table()]
 
     def size_table(self) -> Table:
-        """Table of the AP and the number of small, medium and large objects."""
+        """Table of AP and object count for small, medium and large objects."""
         lines = []
         for metric, size in scores.SIZES.items():
             objects = int(scores.objects_of(self.first, size).sum())
@@ -69,7 +69,7 @@ class DetectionEvaluation(Evaluation):
         return Table("AP (%) by size", header, (tuple(lines),), (OVER_IMAGES,))
 
     def class_table(self) -> Table:
-        """Table by class: all of COCO's metrics for a single run, only AP for several runs."""
+        """Table by class: all COCO metrics if there is one run, only AP if there are several."""
         lines = []
         for row in next(iter(self.classes.values())):
             name, objects = self.names[row.label], str(row.objects)
@@ -93,7 +93,7 @@ class DetectionEvaluation(Evaluation):
         yield "size_ap", self.size_figure()
 
     def class_figure(self) -> Figure:
-        """Draw AP (bars) and AP50 (lines) of each class, most frequent first, above its objects."""
+        """Draw AP (bars) and AP50 (lines) of the most frequent classes, and their object counts."""
         rows = next(iter(self.classes.values()))
         drawn = rows[:NAMED_CLASSES]
         heights, lines = (
@@ -117,7 +117,7 @@ class DetectionEvaluation(Evaluation):
         return figure
 
     def size_figure(self) -> Figure:
-        """Draw AP of all, small, medium and large objects with 95 % intervals."""
+        """Draw the AP of all, small, medium and large objects with 95 % intervals."""
         figure, axes = new_figure(5.6, 3.8)
         sizes = {"AP": "all", **scores.SIZES}
         drawn = [metric for metric in sizes if scores.value(self.first, metric) is not None]
@@ -137,7 +137,7 @@ class DetectionEvaluation(Evaluation):
         return figure
 
     def details(self, name: str) -> dict[str, Any]:
-        """COCO's metrics of each class, for `metrics.json`."""
+        """COCO metrics of each class, for `metrics.json`."""
         rows = [
             {"name": self.names[row.label], "objects": row.objects, **row.numbers}
             for row in self.classes[name]
@@ -147,7 +147,7 @@ class DetectionEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class DetectionResults(Results):
-    """Results of detectors, computed from the detections and true boxes of each image."""
+    """Results of detectors, computed from the detections and ground-truth boxes of each image."""
 
     evaluation_type: ClassVar[type[Evaluation]] = DetectionEvaluation
     things: ClassVar[str] = "images with boxes"
@@ -164,12 +164,12 @@ class DetectionResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """The numbers of objects and images in words, for titles."""
+        """Describe the number of objects and images, for titles."""
         objects = int((~records["truth_crowds"]).sum())
         return f"{objects} objects in {len(records['image_ids'])} images"
 
     def read_file(self, annotations: Path, results: Path) -> Records:
-        """Read any detector's results file in COCO's format, with the annotations it belongs to."""
+        """Read detections in COCO's results format and their ground-truth annotations."""
         truth = read_truth(annotations)
         found = read_detections(results, truth)
         records = scores.box_records(
@@ -184,7 +184,7 @@ class DetectionResults(Results):
         self, data: DetectionDataset, predictors: Mapping[str, Predictor],
         runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw val images with ground truth and detections; models are not run again."""
+        """Draw ground truth and recorded detections on val images; no model is run."""
         index = data.val
         places = {image_id: place for place, image_id in enumerate(index.image_ids.tolist())}
 
@@ -196,13 +196,13 @@ class DetectionResults(Results):
     def draw_training(
         self, data: DetectionDataset, task: object, terms: Sequence[Any], *, count: int
     ) -> Iterator[tuple[str, Figure]]:
-        """Draw the imitation masks of each level of the student's pyramid, if a term uses masks."""
+        """Draw the imitation masks of each student pyramid level, if a loss term uses masks."""
         if any(term.kind.mask for term in terms):
             yield from mask_figures(data.samples("val"), task, count=count)
 
 
 def _size_title(size: str) -> str:
-    """A size range of `AREAS` in words, as the sides of squares with these areas."""
+    """Title of a size range in `AREAS`, such as "small, below 32 px" (square root of the area)."""
     if size == "all":
         return "all"
     low, high = (round(bound**0.5) for bound in AREAS[size])

@@ -1,4 +1,4 @@
-"""Detections on images without a dataset."""
+"""Detect objects in single images, outside a dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kd.utils.images import resize, scaled_size
 
 @dataclass(frozen=True, kw_only=True)
 class Detections(Prediction):
-    """Detected objects, best first.
+    """Detected objects, highest score first.
 
     Attributes:
         boxes: (K, 4) xyxy pixels.
@@ -38,7 +38,7 @@ class Detections(Prediction):
 
     @property
     def names(self) -> list[str]:
-        """The class name of each object."""
+        """Class name of each detection."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def above(self, score: float) -> Detections:
@@ -50,7 +50,7 @@ class Detections(Prediction):
         )  # fmt: skip
 
     def annotations(self) -> list[dict[str, Any]]:
-        """A COCO annotation for each detection."""
+        """Detections as COCO annotations."""
         rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
                    strict=True)  # fmt: skip
         return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
@@ -70,12 +70,10 @@ RAW = ("class_maps", "box_maps", "centre_maps")  # outputs of a detector before 
 
 
 class DetectionGraph(ExportGraph):
-    """Detections, and the maps that they are decoded from.
+    """A detector for export: returns detections and the raw maps they are decoded from.
 
     Args:
-        model: A detector.
-        task: Its task.
-        size: Side of the square frame of its images, pixels.
+        size: Side of the square input image, pixels.
     """
 
     inputs: ClassVar[Mapping[str, str]] = {
@@ -103,7 +101,7 @@ class DetectionGraph(ExportGraph):
         }
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs."""
+        """Return the detections, (N, K, 6), and the raw maps in the order of `maps`."""
         frame = (images.shape[2], images.shape[3])
         pixels = normalise(images) * valid_pixels(sizes, frame)[:, None]
         output = self.model(pixels, sizes)
@@ -114,24 +112,19 @@ class DetectionGraph(ExportGraph):
         return {"images": batch["images"], "sizes": batch["sizes"]}
 
     def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the detections."""
+        """Return the detections, (N, K, 6)."""
         return outputs["detections"]
 
 
 class DetectionInference(Inference):
-    """Detects objects in images that are scaled to a long side and padded to a square.
-
-    Args:
-        class_names: Names of the C classes.
-        size: Long side, pixels.
-    """
+    """Detects objects in images scaled to a long side of `size` pixels and padded to a square."""
 
     def __init__(self, class_names: Sequence[str], size: int) -> None:
         super().__init__(class_names)
         self.long_side: int = size
 
     def samples(self, image: InputImage) -> list[Sample]:
-        """Make the sample of a whole image without known objects."""
+        """Make a single sample from the whole image, without ground-truth boxes."""
         scaled = scaled_size(*image.size, self.long_side)
         return [{
             "images": pad(resize(image.pixels, scaled), self.long_side),
@@ -143,11 +136,11 @@ class DetectionInference(Inference):
         }]  # fmt: skip
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
-        """Return the network with normalisation and suppression."""
+        """Build the export graph, which includes normalisation and non-maximum suppression."""
         return DetectionGraph(model, task, self.long_side)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> Detections:
-        """Return an image's detections; rows with a score of 0 are padding."""
+        """Scale detections (1, K, 6) to pixels of the input image; drop padding rows (score 0)."""
         rows, (height, width) = decoded[0], image.size
         scaled = scaled_size(height, width, self.long_side)
         scale = rows.new_tensor([width / scaled[1], height / scaled[0]]).repeat(2)

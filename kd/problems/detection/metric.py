@@ -1,4 +1,4 @@
-"""The metric of detectors; collects the detections of each image over batches and ranks."""
+"""The detection metric: collects each image's detections over batches and ranks."""
 
 from __future__ import annotations
 
@@ -24,20 +24,16 @@ _FLUSH_AT = 1024  # number of images whose detections are copied to the CPU toge
 
 
 class FoundBoxes(PerImage[Array]):
-    """Average precision of detections, as COCO, Pascal VOC and KITTI define it.
+    """Average precision of detections as defined by COCO, Pascal VOC and KITTI.
 
-    Boxes are scaled to pixels of the image files. Every image passed to `take` is scored once,
-    including images without detections or objects.
+    Every image passed to `take` is scored once, even without detections or objects.
 
     Args:
-        truth: Ground truth of the scored images; other images in it are ignored.
+        truth: Ground truth; images never passed to `take` are ignored.
         names: C class names.
-        confusable: For each class, the name of its group of confusable classes, or None.
-        kitti: For KITTI, the ground-truth objects with their difficulties.
+        confusable: For each class, its group of confusable classes, or None.
+        kitti: KITTI only: ground-truth objects with their difficulties.
         where: Prefix of error messages, such as the name of a run or dataset.
-
-    Raises:
-        UserError: The number of names or groups differs from the number of categories in `truth`.
     """
 
     def __init__(
@@ -57,12 +53,10 @@ class FoundBoxes(PerImage[Array]):
         self._records: Records | None = None
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add the detections of a batch.
+        """Add a batch of detections, (N, K, 6): x1, y1, x2, y2, score, class.
 
-        Args:
-            decoded: Detections, (N, K, 6): x1, y1, x2, y2 in pixels of the padded frame, score,
-                label; rows with a score of 0 are padding.
-            batch: The batch's entries `image_ids`, `sizes` and `own_sizes` are used.
+        Coordinates are pixels of the padded frame; rows with score 0 are padding. Uses the batch's
+        `image_ids`, `sizes` (without padding) and `own_sizes` (of the image files).
         """
         if decoded.ndim != 3 or decoded.shape[2] != 6 or len(decoded) != len(batch["image_ids"]):
             expected = f"({len(batch['image_ids'])}, K, 6)"
@@ -76,29 +70,24 @@ class FoundBoxes(PerImage[Array]):
             self._flush()
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the results of all ranks; every rank must call it."""
+        """Merge the results of all ranks; every rank must call this method."""
         self._flush()
         super().gather(group)
         self._records = None
 
     def records(self) -> Records:
-        """Arrays of `predictions.npz`; see `kd.problems.detection.scores`.
-
-        Raises:
-            UserError: No image has an object, an image is not in the ground truth, or detections
-                are not finite.
-        """
+        """Build and check the arrays of `predictions.npz`; see `kd.problems.detection.scores`."""
         if self._records is None:
             self._records = self._computed_records()
             scores.check(self._records, self._where)
         return self._records
 
     def compute(self) -> dict[str, float]:
-        """Metrics in 0..1 by name; see `kd.problems.detection.scores.evaluate`."""
+        """Metrics in 0..1 by name, from `kd.problems.detection.scores.evaluate`."""
         return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
-        """Write the records as an .npz file and `detections.json`, in COCO's format, beside it."""
+        """Write the records to `path` (.npz) and `detections.json`, in COCO's format, beside it."""
         records = self.records()
         scores.write_results(records, Path(path).with_name(RESULTS))
         save_records(records, Path(path), compressed=True)
@@ -132,7 +121,7 @@ class FoundBoxes(PerImage[Array]):
         )
 
     def _flush(self) -> None:
-        """Move pending detections to the CPU, as x, y, width, height in pixels of the files."""
+        """Move pending detections to the CPU, with boxes as x, y, width, height in file pixels."""
         for tensors in self._pending:
             part = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
             found = part["detections"]
@@ -152,6 +141,6 @@ class FoundBoxes(PerImage[Array]):
 
 
 def _rows(boxes: Boxes, chosen: Bools, position: Ints) -> Boxes:
-    """Select the boxes where `chosen` is True and map their image indices by `position`."""
+    """Select the boxes where `chosen` is True; replace their image index i by `position[i]`."""
     own = {name: part[chosen] for name, part in vars(boxes).items()}
     return replace(boxes, **{**own, "image": position[own["image"]]})

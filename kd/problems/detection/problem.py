@@ -23,7 +23,7 @@ from kd.problems.spec import ProblemSpec
 
 
 class DetectionProblem(Problem[DetectionDataset]):
-    """Images with the boxes of all objects."""
+    """Object detection: images with the boxes of all their objects."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     results_type: ClassVar[type[Results]] = DetectionResults
@@ -34,7 +34,7 @@ class DetectionProblem(Problem[DetectionDataset]):
     open = staticmethod(open_detection)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """Class names, read without the images."""
+        """Read the class names without opening the images."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def training(
@@ -52,7 +52,7 @@ class DetectionProblem(Problem[DetectionDataset]):
         return data.samples(split)
 
     def cached_data(self, data: DetectionDataset) -> Dataset:
-        """The same dataset for context teachers, which hide one object at a time."""
+        """The same dataset for context teachers: scenes with one object hidden at a time."""
         return data.objects
 
     def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
@@ -69,7 +69,7 @@ class DetectionProblem(Problem[DetectionDataset]):
         self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
         context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
-        """Build a detector; its context head is initialised with the class prior."""
+        """Build a detector; initialise its context head, if it has one, with the class prior."""
         options = {**model.options, **({} if context else {"context": False})}
         given: dict[str, Any] = {"num_classes": num_classes}
         if options.get("context") and "prior" not in options:
@@ -79,14 +79,14 @@ class DetectionProblem(Problem[DetectionDataset]):
     def student_prior(
         self, data: DetectionDataset, labelled: NDArray[np.int64] | None = None
     ) -> Sequence[float]:
-        """Class fractions of the train objects."""
+        """Class fractions of the train objects, by default of all train images."""
         prior: list[float] = data.prior(labelled).tolist()
         return prior
 
     def inference(
         self, task: str, section: ObjectsSection, class_names: Sequence[str]
     ) -> Inference:
-        """Detectors find the objects of whole images."""
+        """Build the inference of detectors, which run on whole images."""
         return DetectionInference(class_names, section.size)
 
 

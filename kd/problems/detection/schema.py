@@ -1,4 +1,4 @@
-"""Spec of the detection problem, which shares the data section of `objects`; without torch."""
+"""Spec of the detection problem; does not import torch."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Detections and ground truth of a split, the records of `predictions.npz`, and their metrics.
+"""Detection records (the arrays of `predictions.npz`) and their COCO, Pascal VOC and KITTI metrics.
 
-Images: `image_ids` (I,), ascending. Classes: `names` (C,), `category_ids` (C,) and, if known,
-`confusable` (C,), for each class the number of its group of confusable classes or -1. Ground truth:
-`truth_images` (G,), indices into `image_ids`; `truth_labels` (G,); `truth_boxes` (G, 4), x, y,
-width, height in pixels of the file; `truth_areas` (G,), areas of the segments; `truth_crowds` (G,);
-for KITTI also `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`. Detections,
-sorted by image: `found_images`, `found_labels`, `found_boxes` and `found_scores`, likewise for D.
+- Images: `image_ids` (I,), ascending.
+- Classes: `names` (C,), `category_ids` (C,), and optionally `confusable` (C,), the index of each
+  class's group of confusable classes, or -1.
+- Ground truth: `truth_images` (G,), indices into `image_ids`; `truth_labels` (G,); `truth_boxes`
+  (G, 4), x, y, width, height in file pixels; `truth_areas` (G,), segment areas; `truth_crowds`
+  (G,). KITTI adds `truth_truncated`, `truth_occluded` and `truth_roles` (G,), see `ROLES`.
+- Detections, sorted by image: `found_images`, `found_labels`, `found_scores` (D,), `found_boxes`
+  (D, 4).
 
-The metrics of COCO, Pascal VOC and KITTI are computed per class and as means over the classes that
-have an object. Intervals are bootstrapped over images: all metrics of a run come from one pass over
-the resamples, which are the same for all runs on the same images, so that runs can be subtracted.
-Repeated images raise AP (by 1.6 points on 228 images of COCO), so bounds are shifted by that bias.
+Means are over classes that have an object. Intervals use the same bootstrap resamples of images for
+all runs, so that runs can be compared in pairs. Repeated images raise AP (by 1.6 points on 228 COCO
+images), so interval bounds are corrected for this bias.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ def box_records(
 
     Args:
         truth: All objects, crowds included.
-        found: Detections, of any float type.
+        found: Detections, in any float dtype.
         scores: Scores of the detections, (D,).
         image_ids: Ids of the images, (I,), ascending.
         names: C class names.
-        category_ids: Ids of the classes in COCO's format, (C,).
-        confusable: For each class, the name of its group of confusable classes, or None.
-        kitti: For KITTI, the objects of `truth` with their difficulties.
+        category_ids: COCO category ids of the classes, (C,).
+        confusable: For each class, its group of confusable classes, or None.
+        kitti: KITTI only: the objects of `truth` with their difficulties.
     """
     order = np.argsort(found.image, kind="stable")
     records: dict[str, Array] = {
@@ -95,12 +96,12 @@ def box_records(
 
 
 def detections(image: Ints, label: Ints, xywh: Array) -> Boxes:
-    """Make boxes that are not crowds, with areas computed from their sides."""
+    """Build non-crowd boxes from x, y, width, height (D, 4); areas are width times height."""
     return Boxes(image, label, xywh, xywh[:, 2] * xywh[:, 3], np.zeros(len(xywh), np.bool_))
 
 
 def true_boxes(records: Records) -> Boxes:
-    """All ground-truth boxes of the records, crowds included."""
+    """Return all ground-truth boxes of the records, crowds included."""
     return Boxes(
         image=records["truth_images"].astype(np.int64),
         label=records["truth_labels"].astype(np.int64),
@@ -111,7 +112,7 @@ def true_boxes(records: Records) -> Boxes:
 
 
 def found_boxes(records: Records) -> Boxes:
-    """The detected boxes of the records."""
+    """Return the detected boxes of the records."""
     image, label = (records[name].astype(np.int64) for name in ("found_images", "found_labels"))
     return detections(image, label, records["found_boxes"].astype(np.float64))
 
@@ -122,7 +123,7 @@ def found_scores(records: Records) -> Floats:
 
 
 def kitti_truth(records: Records) -> KittiTruth | None:
-    """The ground truth with KITTI's difficulties; None for other datasets."""
+    """Return the ground truth with KITTI's difficulties; None for other datasets."""
     if any(name not in records for name in DIFFICULTY):
         return None
     roles = records["truth_roles"]
@@ -156,11 +157,9 @@ def write_results(records: Records, path: Path) -> None:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; error messages begin with `where`.
+    """Raise a UserError, prefixed with `where`, if records are malformed or have no object.
 
-    Raises:
-        UserError: An array is missing or has a wrong shape, an image or class is unknown, a value
-            is not finite, a side is negative, or there are no objects.
+    Checked are the shapes, image and class indices, finite values and non-negative box sides.
     """
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
     check_arrays(records, required, where, " of boxes")
@@ -212,7 +211,7 @@ def _check_numbers(records: Records, name: str, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Check that two runs have the same classes and ground truth."""
+    """Raise a UserError, prefixed with `pair`, if two runs differ in classes or ground truth."""
     check_same_classes(len(records["category_ids"]), len(other["category_ids"]), pair)
     own, others = (len(one["truth_images"]) for one in (records, other))
     if own != others:
@@ -245,22 +244,22 @@ Numbers = Mapping[str, Floats]  # metric -> values (R, C), NaN for classes witho
 
 
 def value(records: Records, name: str) -> float | None:
-    """Value of a metric; None if it is undefined.
+    """Compute a metric in 0..1; None if it is undefined.
 
     Args:
-        records: The arrays described at the top of this module.
-        name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>` or `confusable_<one of
-            COCO>`. For a single class, `/<class>` can be appended, except to `confusable_` names.
+        records: Detection records; the module docstring lists the arrays.
+        name: One of `ROWS`, `RECALLS` or `VOC`, `KITTI11_<difficulty>` or `confusable_<name in
+            COCO>`. Append `/<class>` for a single class (not for `confusable_`).
 
     Raises:
-        UserError: There is no such metric or class.
+        UserError: The metric or class is unknown.
     """
     number = float(_number(_RecordsKey(records), name, drawn=False)[0])
     return None if np.isnan(number) else number
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % interval; None for KITTI metrics, whose bootstrap takes minutes."""
+    """Metric with its 95 % interval; None if undefined or KITTI's (too slow to bootstrap)."""
     known = _RecordsKey(records)
     mean = float(_number(known, name, drawn=False)[0])
     if np.isnan(mean) or _KITTI.match(name):
@@ -272,7 +271,7 @@ def interval(records: Records, name: str) -> Interval | None:
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric minus that of `twin`, with a paired bootstrap interval over images."""
+    """Metric of `records` minus that of `twin`, with a paired bootstrap interval over images."""
     both = _RecordsKey(records), _RecordsKey(twin)
     own, other = (float(_number(one, name, drawn=False)[0]) for one in both)
     if len(records["image_ids"]) < 2 or _KITTI.match(name):
@@ -282,7 +281,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def evaluate(records: Records) -> dict[str, float]:
-    """All metrics over classes that are defined for these records, and the `count` of images."""
+    """Compute all metrics that are defined for these records, and `count`, the number of images."""
     names = (*COCO, *RECALLS, f"{CONFUSABLE}AP50", *VOC, *KITTI)
     found = {name: value(records, name) for name in names}
     numbers = {name: number for name, number in found.items() if number is not None}
@@ -290,7 +289,7 @@ def evaluate(records: Records) -> dict[str, float]:
 
 
 class BoxRow(NamedTuple):
-    """COCO's metrics of a class that has at least one object."""
+    """COCO metrics of a class that has at least one object."""
 
     label: int
     objects: int
@@ -298,7 +297,7 @@ class BoxRow(NamedTuple):
 
 
 def per_class(records: Records) -> list[BoxRow]:
-    """COCO's metrics of each class with an object, the most frequent class first."""
+    """COCO metrics of each class that has an object, most frequent class first."""
     numbers = _observed(_RecordsKey(records))
     support = objects_of(records)
     rows = []
@@ -311,7 +310,7 @@ def per_class(records: Records) -> list[BoxRow]:
 
 
 def objects_of(records: Records, size: str = "all") -> Array:
-    """Number of objects of each class in a size range of `AREAS`, (C,)."""
+    """Count the objects of each class in a size range of `AREAS`, (C,)."""
     low, high = AREAS[size]
     areas = records["truth_areas"]
     kept = ~records["truth_crowds"] & (areas >= low) & (areas <= high)
@@ -319,13 +318,13 @@ def objects_of(records: Records, size: str = "all") -> Array:
 
 
 def right_at_half(records: Records) -> tuple[Bools, Bools]:
-    """Whether each detection matches an object at IoU 0.5, and whether it is ignored, (D,) each."""
+    """For each detection: whether it matches an object at IoU 0.5, and whether it is ignored."""
     _, matches = _matched(records, areas=1)
     return matches.hit[0, 0], matches.ignored[0, 0]
 
 
 class _RecordsKey:
-    """Hashable wrapper that makes records a cache key; equal if the records' arrays are."""
+    """Hashable wrapper of records, for use as a cache key; compares the arrays by content."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
@@ -350,7 +349,7 @@ class _RecordsKey:
 
 
 def _number(known: _RecordsKey, name: str, *, drawn: bool) -> Floats:
-    """A metric of the images, (1,), or if `drawn` of every bootstrap resample, (R,)."""
+    """Compute a metric on all images, (1,), or on each bootstrap resample, (R,), if `drawn`."""
     records = known.records
     metric, _, wanted = name.partition("/")
     classes = len(records["category_ids"])
@@ -386,7 +385,10 @@ def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matc
 
 
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
-    """COCO's metrics by name, for each class, (R, C), and each row of `weights` or all images."""
+    """COCO metrics of each class by name, (R, C); row r weights the images by `weights[r]`.
+
+    If `weights` is None, R is 1 and all images have the same weight.
+    """
     averages = meter.average(matches, weights)  # (R, A, T, C)
     found = {
         name: meter.recall(matches, weights, area=area, most=most).mean(axis=1)
@@ -407,7 +409,7 @@ def _observed(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=_CACHED)
 def _resampled(known: _RecordsKey) -> Numbers:
-    """COCO's metrics of all resamples, in float32, which saves memory and suffices for bounds."""
+    """COCO metrics on each bootstrap resample, in float32 to save memory."""
     meter, matches = _matched(known.records)
     drawn = (weights.astype(np.float32) for weights in resamples(meter.images))
     parts = [_numbers(meter, matches, weights) for weights in drawn]
@@ -418,7 +420,7 @@ def _resampled(known: _RecordsKey) -> Numbers:
 
 @lru_cache(maxsize=2 * _CACHED)
 def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
-    """Pascal VOC's AP of each class, for all images (1, C) or if `drawn` each resample (R, C)."""
+    """Pascal VOC AP by class, (1, C), or if `drawn` for each bootstrap resample, (R, C)."""
     records = known.records
     sides = true_boxes(records), found_boxes(records)
     meter = VocAP(*sides, len(records["image_ids"]), len(records["category_ids"]))
@@ -429,9 +431,9 @@ def _voc(known: _RecordsKey, points: Points, drawn: bool) -> Floats:
 
 @lru_cache(maxsize=_CACHED)
 def _kitti(known: _RecordsKey, points: int) -> Floats:
-    """KITTI's AP by difficulty and class, (3, C); NaN for other datasets.
+    """KITTI AP by difficulty and class, (3, C); NaN for other datasets.
 
-    Classes without an overlap threshold in KITTI are matched at an IoU of 0.5.
+    Classes without a KITTI overlap threshold are matched at an IoU of 0.5.
     """
     records = known.records
     names = [str(name) for name in records["names"]]

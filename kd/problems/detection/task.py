@@ -36,18 +36,18 @@ LOSS = "loss."  # prefix of the names of network outputs that are losses
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(Task):
-    """Detect objects with boxes; the network itself computes the supervised losses in training.
+    """The object detection task; the network itself computes the supervised losses.
 
     Args:
-        num_classes: C.
-        levels: Strides and anchors of the student's feature maps, from which masks are computed.
-        psi: Threshold of the imitation mask, a fraction of a box's largest IoU with an anchor.
-        psis: Further thresholds, for terms with an option `psi`; masks are named `imitation_PSI`.
-        loss_units: Name of each loss -> unit that its mean is taken over.
-        wanted: Outputs that the network computes in evaluation mode: `detections`; for a live
-            teacher `objects`, raw maps and rows for objects, or `features`, only its pyramid.
-        near_boxes: Whether a second stage's heads also run on boxes near the true ones, for terms
-            that read the heads' outputs.
+        num_classes: Number of classes.
+        levels: Strides and anchors of the student's feature maps, on which masks are computed.
+        psi: Imitation mask threshold, as a fraction of a box's largest IoU with an anchor.
+        psis: Additional thresholds; each adds a mask `imitation_PSI`.
+        loss_units: Loss name -> unit over which the loss is averaged.
+        wanted: Outputs in evaluation mode: `detections`; for a live teacher `objects` (raw maps and
+            one row per object) or `features` (feature pyramid only).
+        near_boxes: Also run the second-stage heads on boxes near the ground truth, for loss terms
+            that read these heads.
     """
 
     outputs: ClassVar[Collection[str]] = ("object_logits", "object_deltas", "context")
@@ -67,10 +67,10 @@ class Detection(Task):
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        """Normalised images (N, 3, H, W), 0 in the padding, and the detectors' other inputs.
+        """Normalised images (N, 3, H, W), 0 in the padding, and the detector's other arguments.
 
-        `kd.nn.detectors.contract` lists them. Boxes near the true ones depend on the batch alone,
-        so that student and teacher get the same boxes.
+        `kd.nn.detectors.contract` lists the arguments. Boxes near the ground truth depend only on
+        the batch, so student and teacher get the same boxes.
         """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
@@ -84,16 +84,16 @@ class Detection(Task):
         return pixels, sizes, *known, *crowds, near
 
     def rows(self, batch: Batch) -> Rows:
-        """One row per box."""
+        """One row per ground-truth box."""
         return object_rows(batch)
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
-        """Return the task with the masks and outputs that these terms read."""
+        """Return a copy of the task that computes the masks and outputs these loss terms read."""
         psis = {term.mask_value for term in terms if term.mask_value is not None}
         return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
 
     def for_teaching(self, outputs: Collection[str]) -> Detection:
-        """Return the task for a live teacher; its heads do not run if only its pyramid is read."""
+        """Return a copy for a live teacher; its heads run only if an output needs them."""
         pyramid = all(output.startswith("network.backbone") for output in outputs)
         return self._reading(outputs, wanted="features" if pyramid else "objects")
 
@@ -101,17 +101,16 @@ class Detection(Task):
         return replace(self, near_boxes=not set(SECOND_STAGE).isdisjoint(outputs), **changes)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """Losses that the network computed, by name: `classes`, `boxes`, ..."""
+        """Losses computed by the network, by name, such as `classes` and `boxes`."""
         return {name: Mean(output[f"{LOSS}{name}"], unit) for name, unit in self.loss_units.items()}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
         """Masks on the grid of a level's feature map, (N, h, w).
 
-        * `imitation`, bool: cells with an anchor near a box of the level (`imitation_mask`).
-        * `inside`, bool: cells whose centre is in a box of the level, or that contain its centre.
-        * `whole` and `valid`, bool: all cells inside the images.
-        * `ring`, float: the fraction of a cell that is near a box but inside none. All boxes count
-          on every level.
+        * `imitation`, bool: cells with an anchor near a box of the level; see `imitation_mask`.
+        * `inside`, bool: cells whose centre is in a box of the level, or that contain a box centre.
+        * `whole` and `valid`, bool: cells inside the image. `valid` also works at other strides.
+        * `ring`, float: fraction of a cell near, but outside, any box of the image.
 
         `assigned` defines which boxes belong to a level.
         """
@@ -134,10 +133,9 @@ class Detection(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count boxes, images, and for each level the cells of each mask, as `MASK/STRIDE`.
+        """Count boxes and images, and the cells of each mask at each stride, as `MASK/STRIDE`.
 
-        `valid` and `frame` do not depend on levels, so they are counted for every power of two as
-        stride.
+        `valid` and `frame` (with padding) are counted at every power of two.
         """
         height, width = batch["images"].shape[-2:]
         images = full_count(batch, "images")
@@ -156,7 +154,7 @@ class Detection(Task):
         return object_counts(batch) | {"valid_images": images} | found
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """The unit `MASK/STRIDE`, since cells are counted for each stride separately."""
+        """The unit `MASK/STRIDE`; cells are counted separately for each stride."""
         return f"{mask}/{stride_of(batch['images'].shape[-2], grid[0])}"
 
     def _imitation(self, psi: float, stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
@@ -180,7 +178,7 @@ class Detection(Task):
         self._level(stride)  # raises for strides without a level, as in `_whole`
 
         def united(boxes: Tensor) -> Tensor:
-            """Fraction of each cell that an image's boxes cover, at most 1 where they overlap."""
+            """Fraction of each cell covered by an image's boxes, at most 1 where they overlap."""
             covered = coverage(boxes, grid, stride)
             empty = covered.new_zeros(len(batch["images"]), *grid)
             return empty.index_add(0, batch["image_of"], covered).clamp(max=1.0)
@@ -198,17 +196,17 @@ class Detection(Task):
         )
 
     def _of_level(self, stride: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The boxes assigned to a level, (M, 4), and the index of each box's image, (M,)."""
+        """Boxes assigned to a level, (M, 4), and the image index of each, (M,)."""
         level = self.levels.index(self._level(stride))
         mine = assigned(batch["boxes"], self.levels) == level
         return batch["boxes"][mine], batch["image_of"][mine]
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Detections (N, K, 6): x1, y1, x2, y2, score, class; best first, then scores of 0."""
+        """Detections (N, K, 6): x1, y1, x2, y2, score, class; best first, then rows of score 0."""
         return output["detections"]
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the metric: average precision of COCO, Pascal VOC and KITTI."""
+        """Build the metric: COCO, Pascal VOC and KITTI average precision."""
         if classes.truth is None:
             raise UserError(
                 f"{classes.where}: the dataset has no annotated boxes to evaluate detections on"
@@ -220,7 +218,7 @@ class Detection(Task):
 
 
 def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
-    """Cells inside the images, bool; raise a UserError if the stride is not a power of two."""
+    """Mask the cells inside the images, bool (N, h, w); the stride must be a power of two."""
     if stride & (stride - 1):
         raise UserError(
             f"losses: a feature map has stride {stride}; terms that compare maps cell by cell "
@@ -230,17 +228,12 @@ def _valid(stride: int, grid: tuple[int, int], batch: Batch) -> Tensor:
 
 
 def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float], ...]:
-    """Widths and heights of a level's anchors, or default ones for anchor-free levels.
+    """Widths and heights of a level's anchors; torchvision's defaults if the level has none.
 
-    The defaults are torchvision's: sides of 4 strides at aspect ratios 1/2, 1 and 2. On a pyramid
-    the next level covers larger sizes; a detector's only map also gets sides of 8, 16, ... strides.
-    With the smallest anchors alone, all anchors inside a larger box would overlap it equally well,
-    and the mask would be the whole box for every psi.
-
-    Args:
-        level: A level with or without anchors.
-        reach: Largest side of the default squares if the level is the detector's only map: the
-            image's longer side in pixels; 0 on a pyramid.
+    The defaults are squares of side 4 strides, reshaped to aspect ratios 1/2, 1 and 2. `reach`, for
+    a detector with a single feature map, adds squares of 8, 16, ... strides up to `reach` pixels.
+    Without them, all anchors in a large box would have a similar IoU with it, and the imitation
+    mask would be the whole box at every psi.
     """
     if level.sides:
         return level.sides
@@ -255,25 +248,19 @@ def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float],
 def anchors_of(
     level: Level, grid: tuple[int, int], *, alone: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """A level's anchors on a grid that covers the image, (h, w, K, 4), xyxy pixels.
+    """Anchors on an image's grid of (rows, columns), (h, w, K, 4) xyxy pixels.
 
-    Args:
-        level: A level with or without anchors, see `anchor_sides`.
-        grid: Number of rows and columns of cells.
-        alone: Whether the level is the detector's only map.
-        device: Device of the result.
+    `alone`: the detector has no other level; see `reach` of `anchor_sides`.
     """
     sides = anchor_sides(level, max(grid) * level.stride if alone else 0.0)
     return anchor_grid(*grid, stride=level.stride, sides=sides, offset=level.offset, device=device)
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
-    """Assign each box to the level that has the anchor of the most similar shape.
+    """Assign each box to the level with the most similar anchor shape.
 
-    Wang et al. imitate a single map. On a pyramid a box must not select cells of levels on which a
-    detector would not find it. A box belongs to the level with the largest IoU between the box and
-    an anchor with the same centre, to the finest level if several are equal. (Second stages choose
-    levels by box area, but to crop proposals, not to select cells.)
+    That is the largest IoU between the box and an anchor with the same centre; ties go to the
+    finest level. It keeps a box from selecting cells on levels where a detector would not find it.
 
     Args:
         boxes: (M, 4) xyxy pixels.
@@ -293,7 +280,7 @@ def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
 
 
 def _within(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """For each box, the cells with centres inside it and the cell of its centre, bool (M, h, w)."""
+    """For each box, mask the cells whose centre is in it and the cell of its centre, (M, h, w)."""
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     along = []
     for axis, count in ((1, grid[0]), (0, grid[1])):

@@ -1,12 +1,9 @@
 """Reference predictions of saliency maps: the centre prior and other observers.
 
-The lower reference is the **centre prior**: a smoothed histogram of the relative positions of all
-fixations on train images, whatever the images show. On OSIE (500 train images, 100 val images) its
-information gain over a uniform map is 0.54 bits per fixation; that of a fitted Gaussian with full
-covariance is 0.50: people look at the centre, but their fixations are not normally distributed.
-
-The upper reference is **other observers**: each person's fixations, predicted from the fixations of
-all others on the same image.
+The **centre prior**, the lower reference, predicts the same map for all images: a smoothed
+histogram of the relative positions of all train fixations. On OSIE it gains 0.54 bits per fixation
+over a uniform map; a fitted Gaussian gains 0.50. The upper reference, **other observers**, predicts
+each person's fixations from those of everyone else on the same image.
 """
 
 from __future__ import annotations
@@ -46,13 +43,13 @@ def relative(fixations: Tensor, size: Size) -> Tensor:
 
 
 class CentrePrior:
-    """Predicts the density of fixations on an image from its size alone.
+    """Predicts the density of fixations from the image's size alone.
 
     Args:
-        places: Positions of all fixations on train images, (K, 2), see `relative`.
+        places: All train fixations, (K, 2), as fractions of the image's width and height.
 
     Raises:
-        UserError: There are no fixations, or one lies outside of its image.
+        UserError: There are no fixations, or one is outside its image.
     """
 
     def __init__(self, places: Tensor) -> None:
@@ -64,7 +61,7 @@ class CentrePrior:
         self._known: dict[Size, Tensor] = {}
 
     def density(self, size: Size) -> Tensor:
-        """Density (H, W), float64 with sum 1, for an image of (height, width); cached by size."""
+        """Density (H, W) of an image, float64 with sum 1; cached for each (height, width)."""
         if size not in self._known:
             height, width = size
             # Because of rounding, a position just below 1 can fall on the image's border.
@@ -79,13 +76,13 @@ class CentrePrior:
 def predict_from_others(
     fixations: Tensor, size: Size, *, sigma: float, prior: Tensor | None = None
 ) -> Tensor:
-    """Predict where a person looks from the fixations of others on the same image.
+    """Predict one person's density of fixations on an image from the fixations of other people.
 
     Args:
         fixations: Fixations of the other people, (K, 2) x, y in pixels.
         size: (height, width) of the image.
         sigma: Standard deviation of the smoothing, pixels.
-        prior: Density of fixations on any image, (H, W); None: uniform.
+        prior: Density (H, W) to mix in, such as the centre prior; None: uniform.
 
     Returns:
         Density (H, W), float64 with sum 1.
@@ -97,25 +94,22 @@ def predict_from_others(
 
 
 def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> dict[str, float]:
-    """Measure how well people predict each other, by every metric of `METRICS`.
+    """Measure how well people's fixations on one image predict each other, by every metric.
 
-    For metrics at fixations, the map predicted from all other people is scored at each person's
-    fixations; the scores are averaged with the number of fixations as weight. Nobody predicts
-    themselves, so models can be compared with these values. (Pixels that only others fixated count
-    as negatives of `AUC_Judd` here; they are few.) `KLD`, `CC` and `SIM` compare whole maps: the
-    map predicted from one half of the people (every other person) is scored against the density of
-    the other half, and both directions are averaged. Halves are noisier, so a model may be better.
+    Metrics at fixations: each person is predicted from all other people; the average is weighted by
+    number of fixations. `KLD`, `CC` and `SIM`: each half of the people is predicted from the other
+    half. A half is noisier than all people, so a model may score better.
 
     Args:
-        truth: Everybody's fixations on one image.
-        subjects: Number of the person of each fixation, (K,).
-        sigma: Standard deviation of the smoothing, pixels, the same as in `truth.density`.
+        truth: All fixations on the image.
+        subjects: Index of the person who made each fixation, (K,).
+        sigma: Standard deviation of the smoothing in pixels, as in `truth.density`.
 
     Returns:
-        Metrics by name; NaN if there are fewer than two people or a metric is undefined.
+        Metric name -> value; NaN if undefined or if there are fewer than two people.
 
     Raises:
-        UserError: The number of subjects differs from the number of fixations.
+        UserError: `subjects` and the fixations differ in number.
     """
     if subjects.shape != (len(truth.fixations),):
         raise UserError(
@@ -147,9 +141,9 @@ def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> d
 
 
 def references(records: Records) -> dict[str, Records]:
-    """Records of the references on the same images, by the references' names in tables.
+    """Records of each reference on the same images, by the reference's display name.
 
-    References that are missing in `records`, or NaN on all images, are left out.
+    References missing in `records`, or NaN on all images, are left out.
     """
     found: dict[str, Records] = {}
     for array in _present(records):
@@ -159,7 +153,7 @@ def references(records: Records) -> dict[str, Records]:
 
 
 def notes(records: Records) -> list[str]:
-    """Notes below tables that explain the references and how many images they were scored on."""
+    """Table notes that explain each reference and on how many images it was scored."""
     lines = []
     for array in _present(records):
         known = int((~np.isnan(records[array])).any(axis=1).sum())

@@ -1,4 +1,4 @@
-"""Datasets of fixations: the splits, samples, and the ground truth of saliency maps."""
+"""Saliency datasets: splits, samples, and the ground truth of saliency maps."""
 
 from __future__ import annotations
 
@@ -43,18 +43,15 @@ _STREAM = 12  # separates these random numbers from all others
 class SaliencySamples(ImageSamples):
     """Samples of images with the `density` of fixations, (1, h, w) float32 with sum 1.
 
-    Training images are scaled to fit a frame, keeping their aspect ratio, and padded below and
-    right, where the density is 0; `sizes` is the size without padding. Evaluation images have no
-    padding and no density: predictions are scored at the size of the file, `own_sizes` (2,).
+    Training images are scaled to fit a frame, keeping their aspect ratio, and padded below and on
+    the right; density is 0 there. `sizes` excludes the padding. Evaluation samples have no padding
+    and no density: predictions are scored at the image file's size, `own_sizes`.
 
     Args:
         split: Images and fixations.
         size: Height and width of the frame, multiples of 8.
         augment: Options of `kd.transforms.crops.Flips`; None: no flips.
         options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
-
-    Raises:
-        UserError: An option is out of range, or a file of an evaluation split cannot be read.
     """
 
     def __init__(
@@ -66,17 +63,17 @@ class SaliencySamples(ImageSamples):
         super().__init__(split.images, frame=size, setting="data.size", **options)
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """Draw the transform of a training image: the whole image, flipped at random."""
+        """Draw the transform of a training image: scaling to the frame, and a random flip."""
         scale = _scale(own, self.frame)
         height, width = (max(1, round(side * scale)) for side in own)
         return self.flips.draw(random, own, (height, width))
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the model's input for an image file of size `own`, multiples of 8."""
+        """Height and width, multiples of 8, at which the model reads an image of size `own`."""
         return input_size(own, self.frame)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """The density and its size without padding; in evaluation the size of the file."""
+        """Training: the density, and its size without padding. Evaluation: the file's size."""
         if cut is None:
             return {"own_sizes": torch.tensor(own)}
         density = self.split.density(image, own, cut.size)
@@ -84,7 +81,7 @@ class SaliencySamples(ImageSamples):
 
 
 def input_size(own: tuple[int, int], frame: tuple[int, int]) -> tuple[int, int]:
-    """Height and width, in multiples of 8, at which a model reads an image of size `own`."""
+    """Height and width, multiples of 8, at which the model reads an image file of size `own`."""
     scale = _scale(own, frame)
     return in_multiples(own[0] * scale, own[1] * scale)
 
@@ -95,21 +92,21 @@ def _scale(own: tuple[int, int], frame: tuple[int, int]) -> float:
 
 @dataclass(frozen=True)
 class SaliencyDataset(ImageDataset[GazeSplit]):
-    """Both splits of a dataset of fixations."""
+    """Train and val split of a dataset of fixations."""
 
     section: SaliencySection
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The single name `saliency`, because there is only one map."""
+        """The single name `saliency`, since there is only one output map."""
         return ("saliency",)
 
     def class_info(self) -> Classes:
-        """The class name, and the dataset itself as ground truth (`truth` and `references`)."""
+        """The class name, and this dataset as the source of ground truth and references."""
         return Classes(self.class_names, where=self.section.name, truth=lambda: self)
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
-        """Padded images of the train split, with these cached teacher outputs."""
+        """Padded, augmented train images, with the given cached teacher outputs."""
         section = self.section
         return SaliencySamples(
             self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
@@ -119,10 +116,10 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         self, split: Split, *, size: tuple[int, int] | int | None,
         only: NDArray[np.int64] | None = None,
     ) -> SaliencySamples:  # fmt: skip
-        """Whole images of a split, all or those at the positions `only`.
+        """Whole images of a split for evaluation, optionally only those at the positions `only`.
 
-        `size` is the height and width of the frame that images are scaled to fit, or the long side
-        of a frame with the section's aspect ratio; None: the section's size.
+        `size`: (height, width) of the frame that images are scaled to fit, or the frame's long side
+        at the data section's aspect ratio; None: the data section's size.
         """
         if not isinstance(size, tuple):
             own = self.section.size
@@ -136,7 +133,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         return CentrePrior(torch.cat(places))
 
     def truth(self, number: int) -> SaliencyTruth:
-        """Ground truth of the val image at position `number`, in pixels of the image's file."""
+        """Ground truth of the val image at position `number`, at the size of the image file."""
         size = file_size(self.val.images[number])
         return SaliencyTruth(
             self.val.density(number, size, size)[0],
@@ -146,12 +143,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         )
 
     def others(self, number: int, size: tuple[int, int]) -> Tensor:
-        """Fixations on other val images, (J, 2), scaled to the pixels of this image.
-
-        Args:
-            number: The image's position in the split.
-            size: Height and width of the image.
-        """
+        """Fixations on other val images, (J, 2) x, y, scaled to pixels of image `number`."""
         places, numbers = self._negatives
         sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
         moved = places[numbers != number] * sides
@@ -159,7 +151,11 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def _negatives(self) -> tuple[Tensor, Tensor]:
-        """Relative positions and image numbers of at least `NEGATIVES` val fixations, or of all."""
+        """Fixations sampled from whole val images, as negatives for shuffled AUC.
+
+        Returns relative positions (J, 2) and image positions in the split (J,); J is at least
+        `NEGATIVES`, or all fixations.
+        """
         places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
         for number in random.permutation(len(self.val.images)).tolist():
@@ -173,9 +169,9 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def references(self) -> dict[str, Float]:
-        """The M metrics of the centre prior and of other observers on I val images, (I, M) each.
+        """All M metrics of the centre prior and other observers on the I val images, (I, M) each.
 
-        In a large split only some images, spread evenly, are scored; rows of the others are NaN.
+        In a large split only evenly spaced images are scored; all other rows are NaN.
         """
         images = len(self.val.images)
         found = {name: np.full((images, len(METRICS)), np.nan) for name in (CENTRE, OBSERVERS)}
@@ -192,11 +188,10 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
 
 def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """Number of the observer of each fixation on an image, (F,); random if all are unknown.
+    """Observer index of each fixation on an image, (F,).
 
-    Args:
-        observers: Observers in the dataset, `UNKNOWN` if it does not identify them.
-        number: The image's position in the split, used as random seed.
+    If all observers are `UNKNOWN`, fixations are assigned to `RANDOM_OBSERVERS` at random, with the
+    image's position in the split, `number`, as seed.
     """
     if not (observers == UNKNOWN).all():
         return observers
@@ -205,13 +200,13 @@ def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
 
 
 def relative_places(split: GazeSplit, number: int) -> Tensor:
-    """Fixations on an image as fractions of its sides, (F, 2)."""
+    """Fixations on image `number`, (F, 2), as fractions of its width and height."""
     size = file_size(split.images[number])
     return relative(torch.from_numpy(split.fixations(number, size).points), size)
 
 
 def check_gaze(splits: Iterable[GazeSplit]) -> None:
-    """Check every image, its fixations and its published map; see `check_targets` for errors."""
+    """Check every image, its fixations and its published map; same errors as `check_targets`."""
 
     def read(split: GazeSplit, number: int, size: tuple[int, int]) -> None:
         split.fixations(number, size)
@@ -224,12 +219,12 @@ def check_gaze(splits: Iterable[GazeSplit]) -> None:
 def open_fixations(section: SaliencySection) -> SaliencyDataset:
     """Open a dataset of fixations; read and check every file of a small split.
 
-    In larger splits only fixations are read: of all val images, and of the train images that the
-    centre prior is computed from.
+    For a larger split only fixations are read: those of all val images, and of the train images
+    that the centre prior is computed from.
 
     Raises:
-        UserError: `open_gaze` or `open_annotated` failed; an image or its fixations are corrupt or
-            do not fit each other; or an image has no fixations.
+        UserError: A file cannot be opened, is corrupt or does not fit its image, or an image has no
+            fixations.
     """
     opened = SaliencyDataset(section, *_splits(section))
     opened.training(0)  # checks the options before any file is read

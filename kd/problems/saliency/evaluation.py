@@ -1,4 +1,4 @@
-"""Results of saliency maps: tables and figures."""
+"""Results of saliency models: tables and figures."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _DIM = 0.55  # brightness of the grey image below the heat map
 
 @dataclass(frozen=True)
 class SaliencyEvaluation(Evaluation):
-    """Tables and figures of saliency maps."""
+    """Tables and figures that compare saliency models."""
 
     def class_table(self, *, most: int = 5) -> Table:
-        """Table of the images that the first run predicts worst and best by KLD.
+        """List the images with the worst and best KLD of the first run, up to `most` of each.
 
-        At most `most` of each are listed. Saliency has no classes.
+        This table replaces the table by class, since saliency has no classes.
         """
         records = self.first
 
@@ -54,12 +54,12 @@ class SaliencyEvaluation(Evaluation):
         return Table("By image", header, groups, (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures that show how metrics are distributed over images, with the references."""
+        """Figures of each metric's distribution over images, for runs and references."""
         for name in ("KLD", "NSS", "IG"):
             yield f"images_{name}", self.image_figure(name)
 
     def image_figure(self, name: str) -> Figure:
-        """Draw a metric of every image in ascending order, one line per run and reference."""
+        """Draw a metric's per-image values in ascending order, one line per run and reference."""
         figure, axes = new_figure(6.0, 3.6)
         shades = iter(colours(len(self.runs)))
         for run, records in {**self.runs, **self.references}.items():
@@ -76,7 +76,7 @@ class SaliencyEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SaliencyResults(ImageResults):
-    """Results of saliency maps, computed from the metrics of each image."""
+    """Results of saliency models, computed from each image's metrics."""
 
     evaluation_type: ClassVar[type[Evaluation]] = SaliencyEvaluation
     things: ClassVar[str] = "images with fixations"
@@ -93,7 +93,7 @@ class SaliencyResults(ImageResults):
     notes = staticmethod(baselines.notes)
 
     def summary(self, data: SaliencyDataset, records: Records) -> dict[str, float]:
-        """Metrics of the centre prior, `prior_<metric>`, and of observers, `observers_<metric>`."""
+        """Metrics of the references, as `prior_<metric>` and `observers_<metric>`."""
         known = self.references(records)
         found = {
             f"{prefix}_{name}": self.our_value(known[reference], name)
@@ -106,7 +106,7 @@ class SaliencyResults(ImageResults):
     def overlay(
         self, data: SaliencyDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Draw fixations and densities over an image; the titles contain the KLD."""
+        """Draw fixations and predicted densities over an image; panel titles contain the KLD."""
         size = (image.shape[1], image.shape[2])
         truth = data.val.density(place, size, size)[0]
         own = {f"{name}, KLD {kld(one[0], truth):.2f}": one[0] for name, one in predicted.items()}
@@ -115,12 +115,12 @@ class SaliencyResults(ImageResults):
 
 
 def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
-    """Colour a density as a heat map over a dimmed grey image, (H, W, 3) uint8.
+    """Draw a density (H, W) as a heat map over a dimmed grey image; returns (H, W, 3) uint8.
 
     Args:
         image: (3, H, W) uint8.
         density: Density of fixations, (H, W).
-        top: Density that gets the brightest colour, as do all larger values.
+        top: Density at which the colour scale ends.
     """
     height = (density.double() / max(top, 1e-30)).clamp(0, 1).sqrt().numpy()
     heat = np.asarray(colormaps["inferno"](height))[..., :3]
@@ -132,12 +132,12 @@ def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
 def density_figure(
     image: Tensor, points: NDArray[np.float64], maps: Mapping[str, Tensor]
 ) -> Figure:
-    """Draw an image, its fixations, and densities over it, all on the first density's scale.
+    """Draw an image, its fixations, and densities over it on a shared colour scale.
 
     Args:
         image: (3, H, W) uint8.
         points: Fixations, (F, 2) x, y in pixels.
-        maps: Title -> density (H, W), the ground truth first.
+        maps: Title -> density (H, W); the first one, the ground truth, sets the colour scale.
     """
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy()

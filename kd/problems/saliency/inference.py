@@ -1,4 +1,4 @@
-"""Saliency maps of images without a dataset."""
+"""Predict saliency maps of single images, outside a dataset."""
 
 from __future__ import annotations
 
@@ -26,16 +26,12 @@ from kd.utils.images import resize
 
 @dataclass(frozen=True, kw_only=True)
 class SaliencyMap(Prediction):
-    """The density of fixations.
-
-    Attributes:
-        density: (H, W) float32 of sum 1.
-    """
+    """The predicted density of fixations, (H, W) float32 with sum 1."""
 
     density: Tensor
 
     def draw(self, image: Tensor) -> Figure:
-        """Draw a heat map over the image."""
+        """Draw the density as a heat map over the image."""
         figure, panels = image_panels(2, image.shape[1] / image.shape[2], most=2, across=3.0)
         heat = heated(image, self.density, top=float(self.density.max()))
         drawn = {"image": image.permute(1, 2, 0).numpy(), "predicted": heat}
@@ -45,13 +41,13 @@ class SaliencyMap(Prediction):
         return figure
 
     def map_image(self) -> NDArray[Any]:
-        """The density, scaled so that its maximum is 255."""
+        """The density as (H, W) uint8, scaled so that its maximum is 255."""
         scaled = self.density / self.density.max().clamp(min=1e-30)
         return (scaled * 255).round().numpy().astype(np.uint8)
 
 
 class SaliencyGraph(ExportGraph):
-    """Density of fixations, from images of any size."""
+    """A saliency model for export: returns the density and logits of images of any size."""
 
     inputs: ClassVar[Mapping[str, str]] = {
         "images": "uint8 RGB (N, 3, H, W); height and width are multiples of 8"
@@ -63,7 +59,7 @@ class SaliencyGraph(ExportGraph):
     images_of_any_size: ClassVar[bool] = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the outputs."""
+        """Return the densities, (N, 1, H, W), and the logits, (N, 1, h, w)."""
         logits = named(self.model(normalise(images)))[SALIENCY].float()
         full = on_grid(logits, (images.shape[2], images.shape[3]))
         return density_of(full, published=self.task.published), logits
@@ -79,12 +75,7 @@ class SaliencyGraph(ExportGraph):
 
 
 class SaliencyInference(Inference):
-    """Predicts saliency maps of images scaled to fit a frame.
-
-    Args:
-        class_names: The single name `saliency`.
-        frame: Height and width of the frame, pixels.
-    """
+    """Predicts saliency maps of images scaled to fit a frame of (height, width) pixels."""
 
     one_size: ClassVar[bool] = True
 
@@ -93,15 +84,15 @@ class SaliencyInference(Inference):
         self.frame = frame
 
     def samples(self, image: InputImage) -> list[Sample]:
-        """Make the sample of a whole image."""
+        """Make a single sample from the whole image."""
         pixels = resize(image.pixels, input_size(image.size, self.frame))
         sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
         return [{"images": pixels, **sizes}]
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
-        """Return the network with normalisation and the density."""
+        """Build the export graph, which includes normalisation and conversion to a density."""
         return SaliencyGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> SaliencyMap:
-        """Return the density of an image."""
+        """Wrap a density (1, 1, H, W) as the image's prediction."""
         return SaliencyMap(size=image.size, class_names=self.class_names, density=decoded[0, 0])

@@ -1,10 +1,9 @@
-"""Metrics of saliency maps for each image, the records of `predictions.npz`.
+"""Saliency records (the arrays of `predictions.npz`) and their metrics over images.
 
-`image_ids` (N,) and every metric of `kd.metrics.saliency.METRICS` by name, (N,) each, NaN where it
-is undefined. Four arrays (N,) identify the ground truth, so that runs with different ground truths
-are not compared: `fixation_counts`; `other_counts`, the number of other images' fixations for
-shuffled AUC; `truth_entropy`, the entropy of the density in bits; `prior_bits`, the mean base-2
-logarithm of the prior at fixations. Without ground truth, counts are 0 and others NaN.
+The arrays are `image_ids` (N,) and every metric of `kd.metrics.saliency.METRICS`, (N,), NaN where
+undefined. Four more (N,) arrays identify the ground truth, so that only runs with equal ground
+truth are compared: `fixation_counts`; `other_counts`, number of other images' fixations for
+shuffled AUC; `truth_entropy`, in bits; `prior_bits`, mean log2 of the prior at fixations.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ class SaliencyMaps(PerImage[dict[str, float]]):
     """Metrics of saliency maps, averaged over images.
 
     Args:
-        truth: Returns the ground truth of an image id, at the size at which the image is scored.
+        truth: Returns the ground truth of an image id; predictions are scored at its size.
         where: Prefix of error messages, such as the name of a run or dataset.
-        references: Returns the metrics of reference predictions, to be added to the records: arrays
-            with one row for each image id 0, 1, ...
+        references: Returns arrays of reference metrics to add to the records; row i belongs to
+            image id i.
     """
 
     def __init__(
@@ -50,15 +49,12 @@ class SaliencyMaps(PerImage[dict[str, float]]):
         self._truth, self._references = truth, references
 
     def take(self, decoded: Tensor | Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Score the maps of a batch.
+        """Score the maps of a batch; images that were already scored are skipped.
 
         Args:
-            decoded: One map per image, not negative, of any scale, of the ground truth's size:
-                (N, 1, H, W), (N, H, W), or a sequence of maps if sizes differ.
-            batch: The batch's entry `image_ids` (N,) is used.
-
-        Raises:
-            UserError: A map cannot be scored; the message names the image.
+            decoded: Non-negative maps of the ground truth's size, at any scale: (N, 1, H, W), (N,
+                H, W), or a sequence of maps if sizes differ.
+            batch: Only the entry `image_ids` (N,) is used.
         """
         for predicted, number in zip(decoded, batch["image_ids"].tolist(), strict=True):
             if number in self._images:
@@ -71,18 +67,14 @@ class SaliencyMaps(PerImage[dict[str, float]]):
                 raise UserError(f"{self._where}: image {number}: {error}") from None
 
     def compute(self) -> dict[str, float]:
-        """Means over images of the metrics that are defined, and the `count` of images."""
+        """Mean of each metric over the images where it is defined, and `count`, all images."""
         records = self._own()
         found = {name: value(records, name) for name in ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
         return {**numbers, "count": float(len(self._images))}
 
     def records(self) -> dict[str, Array]:
-        """The arrays described at the top of this module, and those of the references.
-
-        Raises:
-            UserError: No fixation was scored.
-        """
+        """The arrays described in the module docstring, and those of the references."""
         own = self._own()
         known = self._references().items()
         return {**own, **{name: rows[own["image_ids"]] for name, rows in known}}
@@ -94,7 +86,7 @@ class SaliencyMaps(PerImage[dict[str, float]]):
 
 
 def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
-    """Add to the metrics of one image the values that identify its ground truth."""
+    """Add the values that identify the ground truth to one image's metrics."""
     prior = math.nan
     if truth.prior is not None and len(truth.fixations):
         prior = float(log2_at(truth.prior, truth.fixations).mean())
@@ -110,7 +102,7 @@ def row_of(numbers: dict[str, float], truth: SaliencyTruth) -> dict[str, float]:
 
 
 def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
-    """Records, in the order of image ids, from the results of `row_of` by image id."""
+    """Convert a mapping from image id to the result of `row_of` into records, sorted by id."""
     numbers = sorted(rows)
     found: dict[str, Array] = {"image_ids": np.array(numbers, np.int64)}
     for name in (*ROWS, *TRUTH):
@@ -120,7 +112,7 @@ def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
 
 
 def number_of(name: str, records: Records) -> Float:
-    """A metric of each image, (N,), NaN where undefined; raise a UserError for unknown names."""
+    """Values of a metric for each image, (N,), NaN where undefined; UserError if unknown."""
     if name not in ROWS:
         raise UserError(f"metric {name!r}: unknown; there are {', '.join(ROWS)}")
     return np.asarray(records[name], np.float64)
@@ -134,23 +126,18 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """A metric with its 95 % bootstrap interval over images; None if it is undefined."""
+    """Mean of a metric with its 95 % bootstrap interval over images; None if undefined."""
     numbers = number_of(name, records)
     return None if np.isnan(numbers).all() else _drawn(numbers)
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """Mean difference of a metric from that of `twin`, over images where both are defined."""
+    """Mean paired difference `records` - `twin` of a metric, over images where both are defined."""
     return _drawn(number_of(name, records) - number_of(name, twin))
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; error messages begin with `where`.
-
-    Raises:
-        UserError: An array is missing or has a wrong shape, a value is infinite, or there are no
-            fixations.
-    """
+    """Raise a UserError, prefixed with `where`, if records are malformed or have no fixation."""
     check_arrays(records, REQUIRED, where)
     images = len(records["image_ids"])
     for name in REQUIRED:
@@ -167,7 +154,7 @@ def check(records: Records, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Raise a UserError if fixations, smoothing, prior or shuffled fixations of two runs differ."""
+    """Raise a UserError if the ground truth of two runs differs; `pair` begins the message."""
     differences = {
         "fixation_counts": ("fixations", "they were evaluated on different data"),
         "other_counts": ("fixations of other images (sAUC)", "the val splits differ"),

@@ -21,7 +21,7 @@ from kd.problems.spec import ProblemSpec
 
 
 class SaliencyProblem(ImageProblem[SaliencyDataset]):
-    """Images with people's fixations."""
+    """Saliency prediction: images with people's fixations."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     results_type: ClassVar[type[Results]] = SaliencyResults
@@ -35,14 +35,14 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
         self, model: Model, num_classes: int, *, prior: Sequence[float] | None = None,
         context: bool = True, outputs: Collection[str] = (),
     ) -> nn.Module:  # fmt: skip
-        """Build a saliency student, with a second output map if a term reads it."""
+        """Build a saliency student, with a second output map if a loss term reads one."""
         options = {**model.options, "branches": "b" if SECOND_MAP in outputs else "a"}
         return self.named_student(model.name, options)
 
     def inference(
         self, task: str, section: SaliencySection, class_names: Sequence[str]
     ) -> Inference:
-        """Maps are predicted of whole images."""
+        """Build the inference of saliency models, which run on whole images."""
         return SaliencyInference(class_names, section.size)
 
 

@@ -24,11 +24,11 @@ SECOND_MAP = "teacher_saliency"  # a student's second output map, which imitates
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(Task):
-    """Predict the density of fixations, trained by its KL divergence from the true density.
+    """Predict the density of fixations, trained with the KL divergence from the true density.
 
     Args:
-        published: Compute the density as sigmoids divided by their sum, as in the published method,
-            instead of as a softmax over pixels.
+        published: Compute the density as in the published method: sigmoids divided by their sum,
+            instead of a softmax over pixels.
     """
 
     outputs: ClassVar[Collection[str]] = (SALIENCY, SECOND_MAP)
@@ -37,13 +37,13 @@ class Saliency(Task):
     published: bool = False
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images (N, 3, H, W) with 0, the mean colour, in the padding."""
+        """Normalised images (N, 3, H, W); the padding is 0, which is the mean colour."""
         images = normalise(batch["images"])
         frame = (images.shape[2], images.shape[3])
         return (images * within(batch, frame)[:, None],)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`kld`: KL divergence of the densities inside the images, a mean over images."""
+        """`kld`: KL divergence from the true density, inside the images, averaged over images."""
         density = batch["density"]
         grid = (density.shape[2], density.shape[3])
         logits = on_grid(output[SALIENCY], grid).float()
@@ -51,7 +51,7 @@ class Saliency(Task):
         return {"kld": Mean(value, "images")}
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """`valid`, (N, h, w) bool: cells inside the images."""
+        """`valid`, (N, h, w) bool: cells inside the images, not in the padding."""
         return {"valid": lambda grid: within(batch, grid)}
 
     def counts(
@@ -69,7 +69,7 @@ class Saliency(Task):
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """Densities at the size of the image files, (N, 1, H, W) float32.
 
-        Expects evaluation samples: no padding, and image files of one size in each batch.
+        Expects evaluation samples: no padding, and files of equal size within a batch.
         """
         height, width = batch["own_sizes"][0].tolist()
         # Converted, because probabilities of large maps are too small for half precision.
@@ -87,7 +87,7 @@ class Saliency(Task):
 
 
 def within(batch: Batch, grid: tuple[int, int]) -> Tensor:
-    """Whether each cell of a grid over the padded frame is inside the image, (N, h, w) bool."""
+    """Mask the cells of a grid over the padded frame that are inside the image, (N, h, w) bool."""
     frame, sizes = batch["images"].shape[2:], batch["sizes"]
     inside = []
     for axis in (0, 1):
