@@ -91,9 +91,11 @@ def export(
                 files = {"kd": about}
                 write_atomic(out, lambda one: torch.jit.save(traced, one, _extra_files=files))
             return out
-        program = torch.export.export(
-            graph, tuple(inputs.values()), dynamic_shapes=_dynamic(graph, inputs)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torchvision's operators
+            program = torch.export.export(
+                graph, tuple(inputs.values()), dynamic_shapes=_dynamic(graph, inputs)
+            )
         if format == "torch-export":
             write_atomic(out, lambda partial: _save_program(program, partial, about))
             return out
