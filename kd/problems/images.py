@@ -1,4 +1,4 @@
-"""Base classes of problems with a target for every pixel of an image: label maps and fixations."""
+"""Base classes of problems with per-pixel targets: segmentation and saliency."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HASHED_FILES = 4096  # about so many files of a split are hashed, evenly spread 
 
 
 class ImageSplit(Protocol):
-    """A split of images with targets; `images` are the paths of the image files."""
+    """A split of images with per-pixel targets; `images` are the paths of the image files."""
 
     @property
     def images(self) -> tuple[Path, ...]: ...
@@ -58,7 +58,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class ImageDataset(SplitDataset[S]):
-    """Both splits of a dataset of images with targets for their pixels."""
+    """Train and val split of a dataset of images with per-pixel targets."""
 
     @property
     def problem(self) -> Problem[Any]:
@@ -67,23 +67,23 @@ class ImageDataset(SplitDataset[S]):
 
     @abstractmethod
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> ImageSamples:
-        """Training samples of the train split, with these cached teacher outputs."""
+        """Training samples of the train split, with the given cached teacher outputs."""
 
     @abstractmethod
     def whole(
         self, split: Split, *, size: Any, only: NDArray[np.int64] | None = None
     ) -> ImageSamples:
-        """Samples of a split's whole images: of all, or of those at the positions `only`."""
+        """Whole images of a split, optionally only those at the positions `only`."""
 
     @property
     def counted(self) -> range:
-        """Positions of at most `COUNTED` train images, evenly spread, for statistics."""
+        """Positions of up to `COUNTED` evenly spaced train images, for dataset statistics."""
         images = len(self.train.images)
         return range(0, images, -(-images // COUNTED))
 
 
 def is_small(split: ImageSplit) -> bool:
-    """Whether a split has few enough bytes of images to read all of them in seconds."""
+    """Return True if a split's images, at most `READ_FIRST` bytes, can be read in seconds."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
@@ -93,10 +93,10 @@ def open_layout(
     """Open both splits of a dataset in a published or custom layout.
 
     Args:
-        section: The dataset's section.
-        layout: Name of a published layout, or `package.module:attribute`.
-        open_split: Opens a split of a published layout, called as (layout, root, split, *options).
-        options: Further arguments of the function that opens a split.
+        section: The data section.
+        layout: Name of a published layout, or `package.module:attribute` of a custom open function.
+        open_split: Opens a split of a published layout; called as (layout, root, split, *options).
+        options: Further arguments of `open_split` or the custom function.
     """
     root = root_of(section, holds=layout_holds(layout, str(section.train)))
     own: Callable[..., S] = (
@@ -106,11 +106,11 @@ def open_layout(
 
 
 class ImageProblem(Problem[D]):
-    """A problem whose datasets are `ImageDataset` objects.
+    """Base class of problems whose datasets are `ImageDataset` objects.
 
     Attributes:
-        resizes_maps: Whether score maps of images of different sizes are resized to one shape for
-            the cache; otherwise outputs can be cached only if all images have the same size.
+        resizes_maps: Resize score maps to one shape for caching. If False, outputs can be cached
+            only if all images have the same size.
     """
 
     resizes_maps: ClassVar[bool] = False
@@ -121,26 +121,24 @@ class ImageProblem(Problem[D]):
         return samples
 
     def evaluation(self, data: D, split: Split = "val") -> ImageSamples:
-        """Whole images of a split at the size of the data section."""
+        """Whole images of a split, at the data section's size."""
         samples: ImageSamples = data.whole(split, size=data.section.size)
         return samples
 
     def teacher_view(
         self, teacher: Teacher, data: D, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Whole images as teacher input, by default at the size that the teacher was trained at."""
+        """Whole images as teacher input; the default size is that of the teacher's training."""
         own = getattr(teacher.section, "size", None) if size is None else size
         return ImagesView(data, split, own, resizes_maps=self.resizes_maps)
 
 
 class ImagesView:
-    """Whole images of a split as teacher input; a record's id is its image's position in the split.
+    """Whole images of a split as teacher input; record ids are image positions in the split.
 
     Args:
-        data: The dataset.
-        split: Train or val.
-        size: Size of the resized images, as `ImageDataset.whole` takes it.
-        resizes_maps: Whether to resize score maps to one shape, see `ImageProblem`.
+        size: Image size, as for `ImageDataset.whole`.
+        resizes_maps: See `ImageProblem`.
     """
 
     unit = "images"
@@ -162,7 +160,7 @@ class ImagesView:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Dataset, split, hash of the image files, and image size."""
+        """Identify the input: dataset name, split, hash of the image files, and image size."""
         files = self.data.split(self.split).images
         return {
             "data": self.data.section.name,
@@ -172,7 +170,7 @@ class ImagesView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Return the samples, whole images; images of different sizes need a common `grid`."""
+        """Whole images; raise a UserError if they differ in size and there is no common `grid`."""
         samples = self.data.whole(self.split, size=self.size, only=images)
         if not samples.alike and self.grid is None:
             raise UserError(
@@ -182,7 +180,7 @@ class ImagesView:
         return samples
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The images' ids, (N,), and their indices in the batch; each image has one record."""
+        """The image ids, (N,), and their batch indices; there is one record per image."""
         return batch["image_ids"], torch.arange(len(batch["image_ids"]))
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
@@ -190,7 +188,7 @@ class ImagesView:
         return {**batch, "images": mirror_images(batch)[0]}
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Raise a UserError, since crops read cached maps at any scale."""
+        """Raise a UserError: cached maps of whole images cannot be augmented and compared."""
         raise UserError(
             f"{self.data.section.name}: cached maps of transformed images can only be compared "
             "for teachers of hidden objects"
@@ -198,16 +196,16 @@ class ImagesView:
 
 
 def files_hash(count: int, file_of: Callable[[int], Path]) -> str:
-    """Hash the names and sizes of about `HASHED_FILES` of `count` image files."""
+    """Hash the names and sizes of about `HASHED_FILES` evenly spaced files out of `count`."""
     some = (file_of(number) for number in range(0, count, max(1, count // HASHED_FILES)))
     text = "\n".join(f"{path.name} {path.stat().st_size}" for path in some)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mirror images (N, 3, H, W) left to right, each within its own size without the padding.
+    """Mirror images (N, 3, H, W) left to right, leaving the padding in place.
 
-    Also return the source column of each column, (N, W).
+    Also returns the source column of each column, (N, W).
     """
     images, widths = batch["images"], batch["sizes"][:, 1]
     columns = torch.arange(images.shape[-1], device=images.device)
@@ -216,13 +214,7 @@ def mirror_images(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class PerImage(ABC, Generic[R]):
-    """Base class of metrics that store one result per image.
-
-    Images that a sampler repeats count once.
-
-    Args:
-        where: Prefix of error messages, such as the name of a run or dataset.
-    """
+    """Base class of metrics with one result per image; repeated images are scored once."""
 
     compressed: ClassVar[bool] = False
 
@@ -235,7 +227,7 @@ class PerImage(ABC, Generic[R]):
         """Arrays of `predictions.npz`."""
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the results of all ranks; every rank must call it."""
+        """Merge the results of all ranks; every rank must call this method."""
         parts = gathered(self._images, group)
         # If several ranks have the same image, the first rank's result counts.
         self._images = {number: one for part in parts[::-1] for number, one in part.items()}
@@ -246,7 +238,7 @@ class PerImage(ABC, Generic[R]):
 
 
 class ImageResults(Results):
-    """Results whose figures show ground truth and predictions over an image."""
+    """Results whose figures show ground truth and predictions over images."""
 
     drawn_from: ClassVar[Literal["models", "records"] | None] = "models"
 
@@ -254,7 +246,7 @@ class ImageResults(Results):
         self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
         count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw val images, spread over the split, with ground truth and predictions."""
+        """Draw ground truth and predictions on val images sampled evenly from the split."""
         for place in spread(count, len(data.val.images)):
             predicted = {}
             for name, one in predictors.items():
@@ -268,4 +260,4 @@ class ImageResults(Results):
     def overlay(
         self, data: Any, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Draw a val image, (3, H, W) uint8, at a position with ground truth and predictions."""
+        """Draw ground truth and predictions over val image `place`, (3, H, W) uint8."""

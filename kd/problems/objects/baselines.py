@@ -19,7 +19,7 @@ from kd.problems.objects.metric import with_predictions
 
 
 def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Objects:
-    """Objects of the images with these ids, or of all, as input of co-occurrence models."""
+    """Objects of the images with the given ids (None: all), as co-occurrence model input."""
     rows, owners = objects_on(index, images)
     sides = np.stack([index.widths, index.heights], axis=1)[owners].astype(np.float32)
     boxes = index.boxes[rows] / np.tile(sides, 2)
@@ -33,9 +33,9 @@ def index_objects(index: CocoIndex, images: Collection[int] | None = None) -> Ob
 
 
 def cooccurrence_log_probs(data: ObjectsDataset) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Predict every usable val object from all other objects of its image by naive Bayes.
+    """Predict each usable val object's class from the other objects in its image, by naive Bayes.
 
-    Returns the objects' annotation ids (K,), ascending, and log-probabilities (K, C).
+    Returns annotation ids (K,), ascending, and log-probabilities (K, C).
     """
     model = NaiveBayes(data.num_classes, evidence=("company", "place", "size"))
     model.fit(index_objects(data.train))
@@ -74,7 +74,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
 
 
 def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
-    """Check that records belong to a dataset's val split; return them with the array `visible`."""
+    """Check that a run's objects are in the dataset's val split; return records with `visible`."""
     val = data.val
     order = np.argsort(val.object_ids, kind="stable")
     place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)
@@ -89,7 +89,7 @@ def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
 
 
 def exact_records(data: ObjectsDataset, records: Records) -> dict[str, Records]:
-    """Records of the exact posteriors by name; empty for all but the embedded scenes."""
+    """Records of the exact posteriors by name; empty unless the data are the embedded scenes."""
     stored = data.ceiling("val")
     if stored is None:
         return {}

@@ -55,16 +55,16 @@ Ids = Collection[int] | NDArray[np.int64]
 class AnnotatedSamples(Dataset[Sample]):
     """Base class of samples of annotated images, indexed by (epoch, position).
 
-    `docs/batch.md` lists the entries of a sample, which depends only on (epoch, position) and seed.
+    `docs/batch.md` lists the entries of a sample. A sample depends only on epoch, position and
+    seed.
 
     Args:
         index: Images and annotations of the split.
-        images: Positions in the index of the images to sample.
+        images: Index positions of the images to sample.
         files: Reads the image files.
-        train: Whether to augment; otherwise all epochs are equal.
-        seed: Random seed, at least 0.
-        labelled: Ids of the labelled images; labels of all other images become -1. None: all.
-        repeat_labelled: How often an image in `labelled` occurs in an epoch; others occur once.
+        train: True: augment. False: every epoch is the same.
+        labelled: Ids of the labelled images; other images get the label -1. None: all are labelled.
+        repeat_labelled: How often each image in `labelled` occurs in an epoch; others occur once.
         cached: Cached teacher outputs, added to the samples as `stored.NAME`.
 
     Raises:
@@ -87,23 +87,19 @@ class AnnotatedSamples(Dataset[Sample]):
         return len(self.images)
 
     def together(self, batch_size: int) -> int:
-        """`batch_size`, since all samples have the same square frame."""
+        """Return `batch_size`: any samples fit in one batch, since all have the same frame."""
         return batch_size
 
     @abstractmethod
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """Make the sample of (epoch, position), with entries of docs/batch.md without batch axis.
-
-        Raises:
-            UserError: The image is missing, corrupt, or its size differs from the JSON's.
-        """
+        """Make the sample of (epoch, position); raise a UserError if its image file is invalid."""
 
     def image_file(self, image: int) -> tuple[Path, tuple[int, int]]:
-        """The file (prepared or original) of the image at an index position, and its (H, W)."""
+        """The image file, prepared or original, at an index position, and its (height, width)."""
         return self.files.file(image)
 
     def entries(self, position: int, pixels: Tensor, plan: Plan, found: Objects) -> Sample:
-        """The entries of a sample for the image and its objects."""
+        """Build the sample entries for an image and its objects."""
         labels = self.index.labels[found.rows].astype(np.int64)
         if not self.known[position]:
             labels[:] = -1
@@ -120,7 +116,7 @@ class AnnotatedSamples(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class _Scene:
-    """An image's objects in the frame of a sample, and whether each is usable, (M,) bool."""
+    """An image's M objects in the sample frame; `usable` (M,) marks objects that may be hidden."""
 
     plan: Plan
     found: Objects
@@ -133,24 +129,23 @@ class ObjectSamples(AnnotatedSamples):
     Args:
         index: Images and annotations of the split.
         size: Side of the square frame, pixels.
-        mode: `one`: hide one usable object, drawn at random each epoch; `all`: hide each in turn.
-        train: Whether to augment and to follow schedules; otherwise all epochs are equal.
+        mode: `one`: hide one usable object, chosen at random in each epoch; `all`: hide each in
+            turn.
+        train: True: augment and follow schedules. False: every epoch is the same.
         augment: Options of `kd.transforms.augment.Augment`; None: no augmentation.
-        min_fraction: Area of the smallest usable box as a fraction of the image.
-        max_fraction: Area of the largest usable box as a fraction of the image.
+        min_fraction: Smallest usable box area, as a fraction of the image.
+        max_fraction: Largest usable box area, as a fraction of the image.
         shape: Shape of hidden regions; `segment` adds exact masks to the samples.
-        partial: Hidden fraction of an object's region at the start of training, and the progress
-            (0..1) from which the whole region is hidden; None: always the whole region.
-        hide_several: Fraction of the other objects that are hidden too, at the start and at the
-            end of training; None: objects are hidden one at a time.
-        read_images: Whether to read image files; otherwise all images are grey.
+        partial: Hidden fraction of a region at the start of training, and the progress (0..1) at
+            which the whole region is hidden; None: always the whole region.
+        hide_several: Fraction of the other objects also hidden, at the start and end of training;
+            None: no other object is hidden.
+        read_images: False: replace all images by grey ones without reading the files.
         only: Ids of the images to sample; None: all.
-        seed: Random seed, at least 0.
-        epochs: Number of epochs of the training, for the schedules.
-        prepared: Folder written by `python -m kd.data.prepare` from this dataset.
+        epochs: Number of training epochs, for the schedules.
+        prepared: Copy of this dataset written by `python -m kd.data.prepare`.
         class_maps: Computes the class id of each pixel, added to the samples as `class_maps`.
-        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`; the cached
-            teacher outputs are read for the hidden objects.
+        options: `labelled`, `repeat_labelled` and `cached` of `AnnotatedSamples`.
 
     Raises:
         UserError: No image has a usable object, or the prepared copy does not match.
@@ -208,7 +203,7 @@ class ObjectSamples(AnnotatedSamples):
         return sample
 
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows of the index of all usable objects on the sampled images, (K,)."""
+        """Index rows of all usable objects on the sampled images, (K,)."""
         rows, owners = self._usable_rows(self.index)
         return rows[np.isin(owners, self.images)]
 
@@ -238,7 +233,7 @@ class ObjectSamples(AnnotatedSamples):
         return images
 
     def _draw_scene(self, image: int, size: tuple[int, int], random: np.random.Generator) -> _Scene:
-        """Augment the image, unless that would lose every usable object."""
+        """Augment the image; skip augmentation if it would leave no usable object."""
         if self.augment is not None:
             scene = self._place(image, self.augment.draw(random, size), size)
             if scene.usable.any():
@@ -278,7 +273,7 @@ class ObjectSamples(AnnotatedSamples):
 
 @dataclass(frozen=True)
 class AnnotatedDataset(SplitDataset[CocoIndex]):
-    """Both splits of a dataset of images with annotated objects."""
+    """Train and val split of a dataset of images with annotated objects."""
 
     section: ObjectsSection
 
@@ -288,13 +283,13 @@ class AnnotatedDataset(SplitDataset[CocoIndex]):
         return self.val.class_names
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images whose labels a student with this seed may use; None: all."""
+        """Ids of the train images that are labelled for a student with this seed; None: all."""
         return labelled_images(self.train, self.section.labelled, seed)
 
 
 @dataclass(frozen=True)
 class ObjectsDataset(AnnotatedDataset):
-    """A dataset of annotated images whose objects are hidden one by one."""
+    """A dataset of annotated images whose objects are hidden one at a time."""
 
     @property
     def problem(self) -> Problem[Any]:
@@ -302,17 +297,14 @@ class ObjectsDataset(AnnotatedDataset):
         return problem("objects")
 
     def class_info(self) -> Classes:
-        """Class names, class prior, confusable groups, and number of visible objects per image."""
+        """Class names, class prior, confusable groups, and a counter of visible objects."""
         return Classes(
             self.class_names, self.prior(), self.val.confusable_groups,
             partial(visible_objects, self.val), self.section.name,
         )  # fmt: skip
 
     def samples(self, split: Split, **options: Any) -> ObjectSamples:
-        """Samples of a split with the data section's options.
-
-        `options` are arguments of `ObjectSamples` that replace those of the section.
-        """
+        """Samples of a split; `options` override the data section's arguments."""
         section, partial, several = self.section, self.section.partial, self.section.hide_several
         same = ("size", "augment", "min_fraction", "max_fraction", "shape", "repeat_labelled")
         own = {
@@ -327,35 +319,31 @@ class ObjectsDataset(AnnotatedDataset):
         return ObjectSamples(self.split(split), **{**own, **options})
 
     def seen_as(self, seen: ObjectsSection, **changes: Any) -> ObjectsDataset:
-        """Return the dataset with the image size and hidden shape of a teacher's data section.
-
-        `changes` replace further keys of the dataset's section.
-        """
+        """Return a copy with a teacher's image size and hidden shape, and further `changes`."""
         update = {"size": seen.size, "shape": seen.shape, **changes}
         return replace(self, section=self.section.model_copy(update=update))
 
     def evaluated_on(self, val: CocoIndex) -> ObjectsDataset:
-        """Return the dataset with another val split, of which objects of any size are scored."""
+        """Return a copy with a different val split, in which objects of any size are scored."""
         update = {"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
         return replace(self, section=self.section.model_copy(update=update), val=val)
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class fractions (C,) of the usable train objects, with one added to each count."""
+        """Class fractions of the usable train objects, (C,), with add-one smoothing."""
         return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:
-        """Number of usable train objects by class, (C,), on images with these ids or on all."""
+        """Count usable train objects by class, (C,), on images with the given ids (None: all)."""
         rows = self.samples("train", only=images).usable_rows()
         return np.bincount(self.train.labels[rows], minlength=self.num_classes)
 
     def class_fractions(
         self, images: Collection[int] | None = None
     ) -> dict[str, NDArray[np.float64]]:
-        """Class fractions for class weights, on the train images with these ids or on all.
+        """Class fractions for class weights, on the train images with the given ids (None: all).
 
-        `pixel_fractions` (1 + C,) are fractions of the images' area that segments of each class
-        cover, after that of the background, which is at least 1 %; overlapping segments count
-        twice. `image_fractions` (C,) are the fractions of images that contain each class.
+        `pixel_fractions` (1 + C,): mean area fraction of the background (at least 1 %), then of
+        each class's segments. `image_fractions` (C,): fraction of images that contain the class.
         """
         index, classes = self.train, self.num_classes
         rows, owners = objects_on(index, images)
@@ -370,7 +358,7 @@ class ObjectsDataset(AnnotatedDataset):
         }
 
     def ceiling(self, split: Split = "val") -> dict[str, NDArray[Any]] | None:
-        """Arrays of the exact posteriors, stored with the embedded scenes; None for other data."""
+        """Arrays of the exact posteriors of the embedded scenes; None for other datasets."""
         file = self.split(split).annotation_file.with_name(f"posteriors_{split}.npz")
         if self.section.generate is None or not file.is_file():
             return None
@@ -379,7 +367,7 @@ class ObjectsDataset(AnnotatedDataset):
 
 
 def smoothed(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Class fractions (C,) with one added to each count."""
+    """Class fractions (C,) with add-one smoothing."""
     more = counts + 1.0
     return np.asarray(more / more.sum(), dtype=np.float64)
 
@@ -397,12 +385,11 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
 class ObjectsView:
     """Teacher input for caching: every object of a split, hidden in turn.
 
-    The cache has one record per object; its id is the object's annotation id.
+    The cache has one record per object, identified by annotation id.
 
     Attributes:
-        data: The dataset; the section's limits on the size of objects do not apply.
-        seen: The teacher's data section, from which image size and hidden shape are taken.
-        split: Train or val.
+        data: The dataset; its section's object size limits are ignored.
+        seen: The teacher's data section, which determines image size and hidden shape.
     """
 
     data: ObjectsDataset
@@ -415,17 +402,17 @@ class ObjectsView:
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
-        """Ids of the images with a usable object."""
+        """Ids of the images that have an object to hide."""
         return np.asarray(self._index.image_ids[self._whole.images], dtype=np.int64)
 
     @property
     def records_per_image(self) -> float:
-        """Average number of objects per image."""
+        """Mean number of objects per image."""
         return len(self._index.labels) / len(self._index)
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Hashes of annotations and image files, split, image size, and shape of hidden regions."""
+        """Identify the input: hashes of annotations and images, split, image size, hidden shape."""
         whole = self._whole
         files = files_hash(len(whole.images), lambda n: whole.image_file(int(whole.images[n]))[0])
         return {
@@ -436,11 +423,11 @@ class ObjectsView:
         }
 
     def samples(self, images: NDArray[np.int64] | None = None) -> Samples:
-        """Scenes in which every object is hidden in turn."""
+        """Scenes of all images or those with the given ids, with every object hidden in turn."""
         return self._whole if images is None else self._all_sizes.samples(self.split, only=images)
 
     def records(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Annotation ids of the hidden objects, (K,), and indices of their images in the batch."""
+        """Annotation ids of the hidden objects, (K,), and the batch index of each one's image."""
         return batch["object_ids"][batch["hidden"]], image_rows(batch)
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
@@ -448,7 +435,7 @@ class ObjectsView:
         return mirror_objects(batch)
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
-        """Training samples with one hidden object per image; cached maps are augmented alike."""
+        """Training samples that hide one object per image; cached maps are augmented with it."""
         data = self.data.seen_as(self.seen, augment=augment, partial=None)
         return data.samples(self.split, train=True, mode="one", cached=cached)
 
@@ -462,12 +449,12 @@ class ObjectsView:
 
     @cached_property
     def _whole(self) -> ObjectSamples:
-        """Samples of the whole split; cached, because finding the usable objects is slow."""
+        """Samples of the whole split; cached, since finding the usable objects is slow."""
         return self._all_sizes.samples(self.split)
 
 
 def mirror_objects(batch: Batch) -> dict[str, Tensor]:
-    """Mirror images left to right, each within its own size, with their boxes and masks."""
+    """Mirror images left to right, with their boxes and masks; the padding stays in place."""
     images, source = mirror_images(batch)
     edge = batch["sizes"][:, 1][batch["image_of"]].to(batch["boxes"].dtype)
     x1, y1, x2, y2 = batch["boxes"].unbind(dim=1)

@@ -1,4 +1,4 @@
-"""Draw hidden objects: the scene with one object covered, and each model's predictions."""
+"""Draw scenes with one object covered, beside each model's predictions for the object."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def hidden_scene_figure(
     image: Tensor, box: Tensor | Sequence[float], truth: str, beliefs: Mapping[str, Tensor],
     names: Sequence[str], *, size: tuple[int, int] | None = None, top: int = 5,
 ) -> Figure:  # fmt: skip
-    """Draw the scene without the object, the hidden object, and top-n bars of each model.
+    """Draw the scene with the object covered, the object, and each model's top classes as bars.
 
     Args:
         image: (3, H, W) uint8, with the object visible.
         box: xyxy pixels of the hidden object.
-        truth: The object's class.
-        beliefs: Name of each model -> class probabilities (C,), such as {"teacher": ...}.
+        truth: The object's class name.
+        beliefs: Model name -> class probabilities (C,).
         names: C class names.
-        size: Height and width of the image without padding, (H, W) by default.
-        top: Number of most probable classes to draw as bars.
+        size: Height and width of the image without padding; None: (H, W).
+        top: Number of most probable classes to draw.
     """
     height, width = size or (int(image.shape[1]), int(image.shape[2]))
     pixels = image[:, :height, :width].permute(1, 2, 0).cpu().numpy()
@@ -90,7 +90,7 @@ def hidden_scenes(
     predictors: Mapping[str, Predictor], data: ObjectsDataset, *, count: int,
     accelerator: Accelerator,
 ) -> Iterator[Figure]:  # fmt: skip
-    """Draw at most `count` hidden val objects, spread over the split, one figure each."""
+    """Draw up to `count` hidden val objects, sampled evenly from the split, one figure each."""
     dataset = data.samples("val")
     names = list(data.val.class_names)
     for place in spread(count, len(dataset)):
@@ -110,7 +110,7 @@ def hidden_scenes(
 
 
 def _resized(sample: Sample, size: int | tuple[int, int] | None) -> Sample:
-    """Resize a batch of square images and their boxes to the side `size`."""
+    """Resize a batch of square images, and their boxes, to a side of `size` pixels."""
     images = sample["images"]
     if size is None or images.shape[-1] == size:
         return sample

@@ -1,4 +1,4 @@
-"""Results of tasks about objects: metrics, tables and figures of classes and scene labels."""
+"""Results of tasks about objects: tables and figures of object classes and scene labels."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class ObjectsEvaluation(Evaluation):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of all top-n accuracies, then of the results' other metrics."""
+        """Names of the metrics in the tables: top-n accuracies first."""
         return (*(f"top{n}" for n in scores.TOPS),
                 *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
 
     @cached_property
     def scored(self) -> list[Scored]:
-        """Metrics of each run, of uniform random guesses, then of each reference."""
+        """Metrics of each run, then of uniform random guesses, then of each reference."""
         found = super().scored
         runs, known = found[: len(self.runs)], found[len(self.runs) :]
         ours = [name for name in runs[0].values if name not in self.results.own_metrics]
@@ -65,7 +65,7 @@ class ObjectsEvaluation(Evaluation):
         return counts
 
     def notes(self) -> Sequence[str]:
-        """Notes on the references; for a single run also how its metrics differ from theirs."""
+        """Notes on the references and, for a single run, its difference from each reference."""
         notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
             return notes
@@ -73,12 +73,12 @@ class ObjectsEvaluation(Evaluation):
         return [*notes, *difference_notes(self.results, self.first, known, ("top1", "nll"))]
 
     def summary_tables(self) -> list[Table]:
-        """Tables of metrics, and of top-1 by hidden fraction and by number of visible objects."""
+        """Tables of all metrics, and of top-1 by hidden fraction and by visible objects."""
         bins = [self.bins_table(kind) for kind in scores.BINS]
         return [*super().summary_tables(), *(table for table in bins if table is not None)]
 
     def bins_table(self, kind: str) -> Table | None:
-        """Table of top-1 in each bin of `BINS[kind]`; None if no bin has an object."""
+        """Table of top-1 accuracy in each bin of `BINS[kind]`; None if all bins are empty."""
         top1, lines = METRICS["top1"], []
         for name in scores.BINS[kind]:
             binned = f"{kind}/{name}_top1"
@@ -97,7 +97,7 @@ class ObjectsEvaluation(Evaluation):
         return Table(title, header, (tuple(lines),), (OVER_IMAGES,)) if lines else None
 
     def class_table(self) -> Table:
-        """Table by class: objects, accuracy and confusions of a single run, or top-1 of several."""
+        """Table by class: all metrics and confusions if there is one run, only top-1 if several."""
         names = self.names
         if len(self.runs) > 1:
             columns = [
@@ -121,7 +121,7 @@ class ObjectsEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),))
 
     def all_tables(self) -> list[Table]:
-        """Tables to write to `table.md`, including confusions if there is a single run."""
+        """Tables to write to `table.md`; for a single run, these include the confusions."""
         tables = super().all_tables()
         if len(self.runs) == 1:
             tables.append(self.confusion_table("Most frequent confusions", confusions(self.first)))
@@ -130,7 +130,7 @@ class ObjectsEvaluation(Evaluation):
         return tables
 
     def confusion_table(self, title: str, pairs: Sequence[Confusion], *, most: int = 15) -> Table:
-        """Table of the first `most` confusions: a hidden class and the class predicted instead."""
+        """Table of the first `most` confusions: hidden class and wrongly predicted class."""
         lines = [
             (self.names[pair.true], self.names[pair.predicted], str(pair.count),
              _percent(pair.fraction), _percent(pair.expected), f"{pair.lift:.1f}")
@@ -141,7 +141,7 @@ class ObjectsEvaluation(Evaluation):
         return Table(title, header, (tuple(lines),), (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Yield (name, figure); figures by class are only drawn for a single run."""
+        """Yield (name, figure); figures by class are drawn only for a single run."""
         runs, known, names = self.runs, self.references, self.names
         yield "top_n", figures.top_n_figure(runs, known)
         yield "hidden_fraction", figures.bins_figure("fraction", runs, known)
@@ -159,7 +159,7 @@ class ObjectsEvaluation(Evaluation):
         yield "beyond_prior", figures.beyond_prior_figure(beyond_prior(self.first), names)
 
     def details(self, name: str) -> dict[str, float]:
-        """Top-1 in each bin, for `metrics.json`; empty for random guesses."""
+        """Top-1 accuracy in each bin, for `metrics.json`; empty for random guesses."""
         records = {**self.runs, **self.references}.get(name)
         if records is None:  # uniform guesses
             return {}
@@ -207,17 +207,17 @@ class ObjectResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """The numbers of objects and images in words, for titles."""
+        """Describe the number of objects and images, for titles."""
         images = len(set(records["image_ids"].tolist()))
         return f"{len(records['labels'])} objects in {images} images"
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """The class prior as predictions, if the records contain it."""
+        """The class prior as a reference prediction, if the records contain the prior."""
         prior = scores.prior_records(records)
         return {} if prior is None else {PRIOR: prior}
 
     def summary(self, data: ObjectsDataset, records: Records) -> dict[str, float]:
-        """Metrics of the embedded scenes' exact posterior, named `ceiling_<metric>`."""
+        """Metrics of the exact posterior as `ceiling_<metric>`; only for the embedded scenes."""
         exact = exact_records(data, records)
         if EXACT not in exact:
             return {}
@@ -228,7 +228,7 @@ class ObjectResults(Results):
         self, title: str, runs: Mapping[str, Records], section: Mapping[str, Any],
         opened: Callable[[], ObjectsDataset] | None = None,
     ) -> Evaluation:  # fmt: skip
-        """Evaluation of the runs beside the class prior, co-occurrence and the exact posterior."""
+        """Evaluate runs next to the class prior, co-occurrence and exact posterior."""
         assert opened is not None
         data = opened()
         runs = {name: on_data(data, one, name) for name, one in runs.items()}
@@ -236,13 +236,13 @@ class ObjectResults(Results):
         return ObjectsEvaluation(self, title, section, runs, known, lambda: data)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """Draw top-n curves of the runs and the class prior."""
+        """Draw top-n curves of the runs and of the class prior."""
         return figures.top_n_figure(runs, self.references(next(iter(runs.values()))))
 
     def training_figures(
         self, data: ObjectsDataset, records: Records, label: str
     ) -> Iterator[tuple[str, Figure]]:
-        """Figures for TensorBoard: top-n curves with references, and top-1 by hidden fraction."""
+        """Figures for TensorBoard: top-n curves, and top-1 by hidden fraction."""
         exact = {n: r for n, r in exact_records(data, records).items() if n == EXACT}
         known = {**self.references(records), **exact}
         yield "eval/top_n", figures.top_n_figure({"model": records}, known)
@@ -262,7 +262,7 @@ class SceneLabelsEvaluation(Evaluation):
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
-        """For each class that occurs: its name, number of images, and every run's AP."""
+        """Name, number of images and AP by run of each class that occurs, most frequent first."""
         support = self.first["present"].sum(axis=0)
         order = [c for c in np.argsort(-support, kind="stable").tolist() if support[c]]
         return [
@@ -274,7 +274,7 @@ class SceneLabelsEvaluation(Evaluation):
         ]  # fmt: skip
 
     def class_table(self) -> Table:
-        """Table of the number of images and the average precision of each class that occurs."""
+        """Table of the image count and average precision of each class that occurs."""
         ap = METRICS["AP"]
         lines = [
             (row["name"], str(row["images"]), *(ap.text(row["AP"][name]) for name in self.runs))
@@ -296,14 +296,14 @@ class SceneLabelResults(Results):
     our_rows: ClassVar[tuple[str, ...]] = ("mAP", "weighted_AP", "micro_AP")
 
     def check(self, records: Records, where: str) -> None:
-        """Raise a UserError if arrays are missing or their shapes do not match."""
+        """Raise a UserError, prefixed with `where`, if arrays are missing or differ in shape."""
         check_arrays(records, ("image_ids", "log_probs", "present"), where, " of labels")
         shapes = {name: records[name].shape for name in ("log_probs", "present")}
         if len(set(shapes.values())) > 1 or len(records["image_ids"]) != len(records["present"]):
             raise UserError(f"{where}: arrays of different lengths: {shapes}")
 
     def check_same_truth(self, records: Records, other: Records, pair: str) -> None:
-        """Raise a UserError if the number of classes or the labels of an image differ."""
+        """Raise a UserError, prefixed with `pair`, if two runs differ in classes or labels."""
         own, others = records["present"], other["present"]
         check_same_classes(own.shape[1], others.shape[1], pair)
         if wrong := int((own != others).any(axis=1).sum()):
@@ -313,25 +313,25 @@ class SceneLabelResults(Results):
             )
 
     def our_value(self, records: Records, name: str) -> float | None:
-        """Value of a metric; None if no image has any class."""
+        """Compute a metric; None if no image has a label."""
         if name not in self.our_rows:
             raise UserError(f"metric {name!r}: unknown; there are {', '.join(self.our_rows)}")
         return mean_precisions(records["log_probs"], records["present"]).get(name)
 
     def our_interval(self, records: Records, name: str) -> Interval | None:
-        """Return None, because a bootstrap would have to rank all images for each resample."""
+        """Return None: bootstrapping would have to rank all images again for every resample."""
         self.our_value(records, name)
         return None
 
     def our_difference(self, records: Records, twin: Records, name: str) -> Interval:
-        """The metric minus that of `twin`, without bounds."""
+        """Metric of `records` minus that of `twin`, with NaN as interval bounds."""
         own, other = (self.our_value(one, name) for one in (records, twin))
         if own is None or other is None:
             raise UserError(f"metric {name!r}: undefined, since no image has labels")
         return Interval(own - other, float("nan"), float("nan"))
 
     def references(self, records: Records) -> Mapping[str, Records]:
-        """The reference `chance`: the same score for every class and image."""
+        """The reference `chance`, which gives every class and image the same score."""
         return {"chance": {**records, "log_probs": np.zeros_like(records["log_probs"])}}
 
 

@@ -34,7 +34,7 @@ _DARK = 0.6  # cells with a larger fraction are dark and get white text
 def top_n_figure(
     runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-n accuracy over n of runs, references, random guesses and a perfect model."""
+    """Draw top-n accuracy against n for runs, references, random guesses and a perfect model."""
     figure, axes = new_figure(5.6, 4.0)
     num_classes = next(iter(runs.values()))["log_probs"].shape[1]
     n = np.arange(1, num_classes + 1)
@@ -56,12 +56,9 @@ def top_n_figure(
 def bins_figure(
     kind: str, runs: Mapping[str, Records], references: Mapping[str, Records] | None = None
 ) -> Figure:
-    """Draw top-1 by bin: runs as bars with 95 % intervals, references as lines across the bins.
+    """Draw top-1 by bin: bars with 95 % intervals for runs, lines for reference predictions.
 
-    Args:
-        kind: A key of `kd.metrics.classification.BINS`.
-        runs: Name -> records of the same objects.
-        references: Name -> reference predictions of these objects.
+    `kind` is a key of `kd.metrics.classification.BINS`; all records must have the same objects.
     """
     figure, axes = new_figure(5.6, 3.8)
     first = next(iter(runs.values()))
@@ -90,7 +87,7 @@ def bins_figure(
 
 
 def reliability_figure(runs: Mapping[str, Records]) -> Figure:
-    """Draw accuracy against confidence, a point per bin; calibrated runs are on the diagonal."""
+    """Draw accuracy against confidence, one point per bin; the diagonal is perfect calibration."""
     figure, axes = new_figure(4.4, 4.2)
     axes.plot([0, 1], [0, 1], color=PALE, zorder=0)
     for (name, run), colour in zip(runs.items(), colours(len(runs)), strict=True):
@@ -107,7 +104,7 @@ def reliability_figure(runs: Mapping[str, Records]) -> Figure:
 
 
 def class_fraction_figure(train_counts: Array, val_counts: Array, names: Sequence[str]) -> Figure:
-    """Draw each class's fraction of the train and val objects, from counts (C,)."""
+    """Draw each class's fraction of the train and val objects from object counts (C,)."""
     num_classes = len(names)
     figure, axes = new_figure(max(5.6, 0.14 * num_classes + 1.5), 3.8)
     order = np.argsort(-np.asarray(train_counts), kind="stable")
@@ -133,12 +130,9 @@ def per_class_figure(
     names: Sequence[str],
     references: Mapping[str, Sequence[ClassRow]] | None = None,
 ) -> Figure:
-    """Draw top-1 and top-5 of each class above its number of objects, most frequent first.
+    """Draw top-1 and top-5 accuracy and object count of each class, most frequent first.
 
-    Args:
-        rows: Result of `per_class`; if there are many classes, the most frequent are drawn.
-        names: C class names.
-        references: Name of each reference -> its rows, drawn as lines across the bars.
+    `rows` are results of `per_class`. References are drawn as lines across the bars.
     """
     drawn = rows[:_NAMES_AT_MOST]
     labels, support = [names[row.label] for row in drawn], [row.support for row in drawn]
@@ -164,7 +158,7 @@ def per_class_figure(
 def confusion_figure(
     records: Records, names: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """Draw the confusion matrix of the most frequent classes; see `matrix_figure` for options."""
+    """Draw the confusion matrix of the most frequent classes; same options as `matrix_figure`."""
     matrix = confusion_matrix(records)
     rows = [f"{name} ({n})" for name, n in zip(names, matrix.sum(axis=1), strict=True)]
     figure = matrix_figure(matrix, names, rows, most=most, more=more)
@@ -179,11 +173,11 @@ def matrix_figure(
 
     Args:
         matrix: (C, C) counts by true class (rows) and predicted class (columns).
-        names: Labels of the columns, C class names.
-        rows: Labels of the rows, C names of the true classes.
-        most: Number of classes with a row and a column, the most frequent first.
-        more: Number of further columns, for the classes that are most often predicted instead; all
-            remaining classes share one column.
+        names: C column labels.
+        rows: C row labels.
+        most: Number of true classes to draw, most frequent first.
+        more: Number of extra columns for other frequently predicted classes; one more column, "any
+            other", has the rest.
     """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]
@@ -218,7 +212,7 @@ def matrix_figure(
 def beyond_prior_figure(
     pairs: Sequence[Confusion], names: Sequence[str], *, most: int = 15
 ) -> Figure:
-    """Draw the first `most` pairs of `beyond_prior` with the frequencies that the prior implies."""
+    """Draw the first `most` confusions beside the frequency expected from the class prior."""
     drawn = list(pairs)[:most]
     figure, axes = new_figure(6.0, 1.1 + 0.24 * max(len(drawn), 4))
     place = np.arange(len(drawn))

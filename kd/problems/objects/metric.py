@@ -1,9 +1,9 @@
-"""The top-n accuracy of object classes, and the records that it is computed from.
+"""Top-n accuracy of object classes, and its records (the arrays of `predictions.npz`).
 
-Arrays of `predictions.npz`: `object_ids` (K,), `image_ids` (K,), `labels` (K,), `area_fractions`
-(K,), box area divided by image area, and `log_probs` (K, C). Optional: `visible` (K,), the number
-of other objects in the image; `prior` (C,), class fractions of the training labels; and
-`confusable` (C,), for each class the number of its group of confusable classes, or -1.
+The arrays are `object_ids`, `image_ids`, `labels`, `area_fractions` (box area divided by image
+area), (K,) each, and `log_probs` (K, C). Optional: `visible` (K,), number of other objects in the
+image; `prior` (C,), class fractions of the training labels; `confusable` (C,), index of each
+class's group of confusable classes, or -1.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _PRIOR_FLOOR = 1e-8
 
 
 class TopN:
-    """Collects class probabilities and computes how often the true class is among the first n.
+    """Collects class log-probabilities of objects; computes top-n accuracy and related metrics.
 
-    Ties count against the model (`kd.metrics.classification.ranks`). Objects that samplers repeat
-    count once. Sorting by id makes results independent of ranks and of the order of batches.
+    A tie with another class counts against the model. Objects repeated by a sampler are scored
+    once.
 
     Args:
         num_classes: C.
-        prior: Class fractions of the training labels, (C,); adds metrics of the prior, `prior_...`.
-        confusable: For each class, the name of its group of confusable classes, or None.
-        visible: Maps image ids (K,) to the number of other objects in each image, (K,).
+        prior: Class fractions of the training labels, (C,); adds metrics `prior_...`.
+        confusable: For each class, its group of confusable classes, or None.
+        visible: Returns the number of other objects in the image of each image id, (K,).
         where: Prefix of error messages, such as the name of a run or dataset.
 
     Raises:
@@ -81,8 +81,7 @@ class TopN:
     ) -> None:  # fmt: skip
         """Add K objects: log-probabilities (K, C), all other arguments (K,).
 
-        `area_fractions` are box areas divided by image areas; `object_ids` are unique in the
-        dataset. Objects with the label -1 are not scored.
+        `area_fractions` are box areas divided by image areas. Objects with label -1 are ignored.
         """
         expected = (len(labels), self.num_classes)
         if tuple(log_probs.shape) != expected:
@@ -103,7 +102,7 @@ class TopN:
             self._flush()
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch (docs/batch.md) with log-probabilities (K, C) of its hidden objects."""
+        """Add a batch with the log-probabilities (K, C) of its hidden objects."""
         hidden = batch["hidden"]
         labels, fractions, ids = (
             batch[name][hidden] for name in ("labels", "area_fractions", "object_ids")
@@ -111,11 +110,11 @@ class TopN:
         self.update(decoded, labels, fractions, ids, batch["image_ids"][batch["image_of"][hidden]])
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the objects of all ranks; every rank must call it."""
+        """Merge the objects of all ranks; every rank must call this method."""
         self._chunks = gathered(self._merged(), group)
 
     def records(self) -> dict[str, Array]:
-        """Arrays of `predictions.npz`, checked and in order of object id."""
+        """Arrays of `predictions.npz`, checked and sorted by object id."""
         records = {**self._merged(), **self._extra}
         if self._visible is not None:
             records["visible"] = self._visible(records["image_ids"])
@@ -123,7 +122,7 @@ class TopN:
         return records
 
     def compute(self) -> dict[str, float]:
-        """All metrics by name, accuracies in 0..1; see `kd.metrics.classification.evaluate`."""
+        """All metrics by name (accuracies in 0..1), from `kd.metrics.classification.evaluate`."""
         return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
@@ -139,7 +138,7 @@ class TopN:
         self._pending = []
 
     def _merged(self) -> dict[str, Array]:
-        """Arrays of all labelled objects, each object once, in order of object id."""
+        """Arrays of all labelled objects, each object once, sorted by object id."""
         self._flush()
         if not self._chunks:
             empty = np.zeros(0, dtype=np.int64)
@@ -173,12 +172,9 @@ def _checked_prior(
 def with_predictions(
     records: Records, object_ids: Array, log_probs: Array, where: str = "predictions"
 ) -> Records:
-    """Replace the predictions in records by `log_probs` (N, C) of objects `object_ids` (N,).
+    """Replace the predictions in records by `log_probs` (N, C) of the objects `object_ids` (N,).
 
-    The objects may be in any order.
-
-    Raises:
-        UserError: An object has no prediction, or the number of classes differs.
+    Raises a UserError if an object has no prediction or the number of classes differs.
     """
     num_classes = records["log_probs"].shape[1]
     if log_probs.shape != (len(object_ids), num_classes):
@@ -199,10 +195,7 @@ def with_predictions(
 
 
 def check(records: Records, where: str) -> None:
-    """Raise a UserError if shapes or labels are wrong, or rows are not log-probabilities.
-
-    Messages begin with `where`.
-    """
+    """Raise a UserError, prefixed with `where`, if records are malformed or not normalised."""
     check_arrays(records, REQUIRED, where)
     scores, labels = records["log_probs"], records["labels"]
     by_object = [name for name in (*REQUIRED, "visible") if name in records]
@@ -232,7 +225,7 @@ def check(records: Records, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Raise a UserError if classes or labels of two runs differ; `pair` names both runs."""
+    """Raise a UserError, prefixed with `pair`, if two runs differ in classes or labels."""
     check_same_classes(records["log_probs"].shape[1], other["log_probs"].shape[1], pair)
     if wrong := int((records["labels"] != other["labels"]).sum()):
         raise UserError(

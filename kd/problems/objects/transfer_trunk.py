@@ -1,8 +1,8 @@
-"""Students that are built on the trunk of a context teacher.
+"""Students built on the trunk of a context teacher.
 
-In a recipe: `student: {name: transferred, options: {weights: RUN}}`. The student gets the trunk of
-the teacher of the run `weights`. If the weights come from elsewhere, the option `like` names the
-run of the teacher whose trunk is built.
+In a recipe, `student: {name: transferred, options: {weights: RUN}}` uses the trunk of the teacher
+trained in RUN. The option `like: RUN` takes only the architecture from RUN, for use with other
+weights.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "re
 
 
 def resolved(student: Model) -> Model:
-    """Replace the run in the option `like` by the name and options of that run's teacher.
+    """Replace the run in the option `like` (default: `weights`) by its teacher's name and options.
 
-    If the option is missing, `like` is set to the teacher of the run that `weights` names.
-
-    Raises:
-        UserError: No run is named, or the run does not exist or is not a teacher's.
+    Raises a UserError if no run is named, or it does not exist or is not a teacher's run.
     """
     if student.name != TRANSFERRED:
         return student
@@ -58,13 +55,11 @@ def resolved(student: Model) -> Model:
 
 
 def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
-    """Build a transferred student's trunk; return it and the options of the heads.
+    """Build a transferred student's trunk; return it with the options of the student's heads.
 
-    The option `weights` is None for random weights; a teacher's run or its model.safetensors; or,
-    for teachers that accept them, "imagenet" or a file of torchvision weights.
-
-    Raises:
-        UserError: The weights are missing or fit another trunk, or the teacher has no trunk.
+    The option `weights` is None (random weights), a teacher's run folder or model.safetensors, or,
+    if the teacher accepts them, "imagenet" or a file of torchvision weights. Raises a UserError if
+    the weights are missing or do not fit.
     """
     heads = dict(resolved(student).options)
     if heads.pop("stride", None) is not None:
@@ -94,7 +89,7 @@ def take_trunk(student: Model) -> tuple[Trunk, dict[str, Any]]:
 
 
 def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
-    """Load only the trunk's tensors from a teacher's run, whose heads may have other classes."""
+    """Load only the trunk's tensors from a teacher's run; its heads may have other classes."""
     state = read_weights(weights)
     parts = {id(tensor) for tensor in trunk.state_dict(keep_vars=True).values()}
     tensors = teacher.state_dict(keep_vars=True).items()
@@ -116,7 +111,7 @@ def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a path is a run folder or a file beside its config."""
+    """Return True for a run folder or a file in one."""
     if not path.exists():
         raise UserError(f"student transferred: {path}: no such run folder or file of weights")
     return path.is_dir() or (path.parent / "config.yaml").is_file()

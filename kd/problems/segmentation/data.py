@@ -1,4 +1,4 @@
-"""Datasets of label maps: the splits, and samples of crops and of whole images."""
+"""Segmentation datasets: the splits, and samples of image crops and whole images."""
 
 from __future__ import annotations
 
@@ -28,17 +28,14 @@ WHOLE = 16
 
 
 class SegmentationSamples(ImageSamples):
-    """Samples with `label_maps`, uint8: (h, w) in training, of the file's own size in evaluation.
+    """Samples with `label_maps`, uint8: (h, w) in training, at the image file's size in evaluation.
 
     Args:
         split: Images and label maps.
-        size: Long side of the images in pixels, before crops are scaled; None: each file's size.
+        size: Long side of the images before crops are rescaled, pixels; None: each file's size.
         crop: Height and width of training samples, multiples of 8.
         augment: Options of `kd.transforms.crops.Crops`; None: random crops at a single scale.
         options: `train`, `seed`, `only` and `cached` of `ImageSamples`.
-
-    Raises:
-        UserError: An option is out of range, or a file of an evaluation split cannot be read.
     """
 
     def __init__(
@@ -50,16 +47,16 @@ class SegmentationSamples(ImageSamples):
         super().__init__(split.images, frame=crop, setting="data.crop", **options)
 
     def draw(self, random: np.random.Generator, own: tuple[int, int]) -> Crop:
-        """Draw a random crop at a random scale for a training sample."""
+        """Draw a randomly scaled and placed crop for a training sample."""
         factor = 1.0 if self.size is None else self.size / max(own)
         return self.crops.draw(random, own, self.frame, factor=factor)
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the model's input for a file of size `own`, multiples of 16."""
+        """Height and width, multiples of 16, at which the model reads an image of size `own`."""
         return input_size(own, self.size)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
-        """The label map, cropped in training and at the file's size in evaluation."""
+        """The label map: cropped in training, at the file's size in evaluation."""
         labels = self.split.label_map(image, own)
         if cut is None:
             return {"label_maps": labels, "own_sizes": torch.tensor(own)}
@@ -67,13 +64,13 @@ class SegmentationSamples(ImageSamples):
 
 
 def input_size(own: tuple[int, int], size: int | None) -> tuple[int, int]:
-    """Height and width, in multiples of 16, at which a model reads an image of size `own`."""
+    """Height and width, multiples of 16, at which the model reads an image of size `own`."""
     return in_multiples(*(own if size is None else scaled_size(*own, size)), WHOLE)
 
 
 @dataclass(frozen=True)
 class SegmentationDataset(ImageDataset[LabelMapSplit]):
-    """Both splits of a dataset of label maps."""
+    """Train and val split of a dataset of label maps."""
 
     section: SegmentationSection
 
@@ -83,13 +80,13 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
         return self.train.class_names
 
     def class_info(self) -> Classes:
-        """The class names; batches contain the whole ground truth."""
+        """The class names; the ground truth is part of the evaluation batches."""
         return Classes(self.class_names, where=self.section.name)
 
     def class_fractions(self) -> dict[str, NDArray[np.float64]]:
-        """`pixel_fractions` (C,): each class's fraction of the train pixels that are not void.
+        """`pixel_fractions` (C,): each class's fraction of the labelled train pixels.
 
-        In large splits only the images at the positions `counted` are read.
+        In large splits, only the images at the positions `counted` are read.
         """
         counts = np.zeros(VOID + 1, np.int64)
         some = np.array(self.counted)
@@ -102,7 +99,7 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
         return {"pixel_fractions": pixels / pixels.sum()}
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
-        """Random crops of the train split, with these cached teacher outputs."""
+        """Random crops of the train images, with the given cached teacher outputs."""
         section = self.section
         return SegmentationSamples(
             self.train, size=section.size, crop=section.crop, augment=section.augment, seed=seed,
@@ -113,10 +110,10 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
         self, split: Split, *, size: int | tuple[int, int] | None,
         only: NDArray[np.int64] | None = None,
     ) -> SegmentationSamples:  # fmt: skip
-        """Whole images of a split, all or those at the positions `only`.
+        """Whole images of a split for evaluation, optionally only those at the positions `only`.
 
-        `size` is the long side in pixels, or a height and width whose maximum is used as long side;
-        None: the size of each file.
+        `size`: long side in pixels, or (height, width), whose maximum is the long side; None: each
+        file's size.
         """
         return SegmentationSamples(
             self.split(split), size=max(size) if isinstance(size, tuple) else size,
@@ -128,8 +125,8 @@ def open_maps(section: SegmentationSection) -> SegmentationDataset:
     """Open a dataset of label maps; read and check every file of a small split.
 
     Raises:
-        UserError: `open_label_maps` or `open_annotated` failed; an image or a label map is corrupt;
-            or their sizes differ.
+        UserError: A file cannot be opened or is corrupt, or an image and its label map differ in
+            size.
     """
     opened = SegmentationDataset(section, *_splits(section))
     opened.training(0)  # checks the options before any file is read

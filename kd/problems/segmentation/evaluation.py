@@ -1,4 +1,4 @@
-"""Results of label maps: tables and figures."""
+"""Results of segmentation models: tables and figures."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True)
 class SegmentationEvaluation(Evaluation):
-    """Tables and figures of predicted label maps."""
+    """Tables and figures that compare segmentation models."""
 
     @cached_property
     def classes(self) -> dict[str, list[metric.ClassRow]]:
-        """For each run, the metrics of every class that is true or predicted."""
+        """For each run, the metrics of every class that occurs in ground truth or predictions."""
         return {name: metric.per_class(records) for name, records in self.runs.items()}
 
     @property
@@ -42,11 +42,11 @@ class SegmentationEvaluation(Evaluation):
 
     @property
     def ious(self) -> dict[str, dict[int, float]]:
-        """IoU by run and class number."""
+        """IoU by run name and class index."""
         return {name: {row.label: row.iou for row in rows} for name, rows in self.classes.items()}
 
     def class_table(self) -> Table:
-        """Table by class: pixels, IoU, accuracy and confusions of a single run, or several IoUs."""
+        """Table by class: all metrics and confusions if there is one run, only IoU if several."""
         names, lines = self.names, []
         if len(self.runs) > 1:
             for row in self.classes_with_pixels:
@@ -64,13 +64,13 @@ class SegmentationEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures of IoU by class, and of the confusion matrix if there is a single run."""
+        """Figures of IoU by class and, for a single run, of the confusion matrix."""
         yield "class_iou", self.iou_figure()
         if len(self.runs) == 1:
             yield "confusions", self.confusion_figure()
 
     def iou_figure(self) -> Figure:
-        """Draw the IoU of each class, most frequent first, above its fraction of the pixels."""
+        """Draw the IoU of the most frequent classes, and each class's fraction of the pixels."""
         drawn = self.classes_with_pixels[:NAMED_CLASSES]
         heights = {
             name: [100 * own.get(row.label, 0.0) for row in drawn]
@@ -108,7 +108,7 @@ class SegmentationEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class SegmentationResults(ImageResults):
-    """Results of segmentation, computed from the confusion matrix of each image."""
+    """Results of segmentation models, computed from each image's confusion matrix."""
 
     evaluation_type: ClassVar[type[Evaluation]] = SegmentationEvaluation
     things: ClassVar[str] = "images"
@@ -127,17 +127,17 @@ class SegmentationResults(ImageResults):
     def overlay(
         self, data: SegmentationDataset, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Draw label maps over an image; the titles contain the pixel accuracy."""
+        """Draw label maps over an image; panel titles contain the pixel accuracy."""
         truth = data.val.label_map(place, (image.shape[1], image.shape[2]))
         own = {f"{name}{_accuracy(one, truth)}": one for name, one in predicted.items()}
         return overlay_figure(image, {"truth": truth, **own}, data.class_names)
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Wrap a model to average its scores over scales and mirrored images."""
+        """Wrap a model to average its scores over scales and, if `mirror`, mirrored images."""
         return MultiScale(model, scales, mirror=mirror)
 
     def usual_size(self, data: SegmentationDataset) -> tuple[int, int]:
-        """Most frequent height and width of the model's input on val images."""
+        """Most frequent (height, width) of the model's input on val images."""
         samples = data.whole("val", size=data.section.size)
         seen = Counter(samples.seen(own) for own in samples.file_sizes())
         return seen.most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""Label maps of images without a dataset."""
+"""Predict label maps of single images, outside a dataset."""
 
 from __future__ import annotations
 
@@ -23,25 +23,21 @@ from kd.utils.images import resize
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMap(Prediction):
-    """The class of each pixel.
-
-    Attributes:
-        labels: (H, W) int64, 0..C-1.
-    """
+    """The predicted class of each pixel, (H, W) int64 in 0..C-1."""
 
     labels: Tensor
 
     def draw(self, image: Tensor) -> Figure:
-        """Draw the classes in colour over the image."""
+        """Draw the classes as colours over the image."""
         return overlay_figure(image, {"predicted": self.labels}, self.class_names)
 
     def map_image(self) -> NDArray[Any]:
-        """The class number of each pixel."""
+        """The class index of each pixel, (H, W) uint8."""
         return self.labels.numpy().astype(np.uint8)
 
 
 class SegmentationGraph(ExportGraph):
-    """Class of each pixel, from images of any size."""
+    """A segmentation model for export: returns pixel classes and logits of images of any size."""
 
     inputs: ClassVar[Mapping[str, str]] = {
         "images": "uint8 RGB (N, 3, H, W); height and width are multiples of 16"
@@ -53,7 +49,7 @@ class SegmentationGraph(ExportGraph):
     images_of_any_size: ClassVar[bool] = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the outputs."""
+        """Return the pixel classes, (N, H, W), and the logits, (N, C, h, w)."""
         logits = named(self.model(*self.task.inputs({"images": images})))["logits"].float()
         return on_grid(logits, (images.shape[2], images.shape[3])).argmax(dim=1), logits
 
@@ -68,11 +64,11 @@ class SegmentationGraph(ExportGraph):
 
 
 class SegmentationInference(Inference):
-    """Predicts label maps; images are scaled to a long side, or keep their size.
+    """Predicts label maps of whole images.
 
     Args:
         class_names: Names of the C classes.
-        size: Long side of the model's input, pixels; None: each image's own.
+        size: Long side to which images are scaled, pixels; None: images keep their size.
     """
 
     one_size: ClassVar[bool] = True
@@ -82,15 +78,15 @@ class SegmentationInference(Inference):
         self.size = size
 
     def samples(self, image: InputImage) -> list[Sample]:
-        """Make the sample of a whole image."""
+        """Make a single sample from the whole image."""
         pixels = resize(image.pixels, input_size(image.size, self.size))
         sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
         return [{"images": pixels, **sizes}]
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
-        """Return the network with normalisation and the choice of classes."""
+        """Build the export graph, which includes normalisation and the argmax over classes."""
         return SegmentationGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> LabelMap:
-        """Return the label map of an image."""
+        """Wrap the label map (1, H, W) as the image's prediction."""
         return LabelMap(size=image.size, class_names=self.class_names, labels=decoded[0])

@@ -1,7 +1,7 @@
-"""Metrics of label maps from a confusion matrix per image, the records of `predictions.npz`.
+"""Segmentation records (the arrays of `predictions.npz`) and their metrics.
 
-The records are `image_ids` (N,); `confusion` (N, C, C), the number of pixels by true class (rows)
-and predicted class (columns); and `names` (C,), if the class names are known.
+The arrays are `image_ids` (N,); `confusion` (N, C, C), each image's pixel counts by true class
+(rows) and predicted class (columns); and optionally `names` (C,).
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ Counts = NDArray[np.int64]
 def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Count pixels by true class (rows) and predicted class (columns), (C, C) int64.
 
-    Args:
-        predicted: Class ids of any shape, each in 0..C-1.
-        truth: True class ids of the same shape, or `VOID`.
-        num_classes: C.
+    `predicted` has class ids 0..C-1 in any shape; `truth` has the same shape and may contain
+    `VOID`, which is not counted.
     """
     known = truth != VOID
     pairs = truth[known].long() * num_classes + predicted[known].long()
@@ -41,12 +39,7 @@ def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
 
 
 class MeanIoU(PerImage[Counts]):
-    """Mean IoU and pixel accuracies, from the confusion matrix of each image.
-
-    Args:
-        num_classes: C.
-        where: Prefix of error messages, such as the name of a run or dataset.
-    """
+    """Mean IoU and pixel accuracies, from the confusion matrix of each image."""
 
     compressed = True  # because most entries of an image's confusion matrix are 0
 
@@ -55,17 +48,17 @@ class MeanIoU(PerImage[Counts]):
         self.num_classes = num_classes
 
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
-        """Add a batch: predicted class ids (N, H, W), scored against the batch's `label_maps`."""
+        """Add predicted class ids (N, H, W), scored against the batch's `label_maps`."""
         for own, truth, number in zip(
             decoded, batch["label_maps"], batch["image_ids"].tolist(), strict=True
         ):
             self._images[number] = confusion(own, truth, self.num_classes).cpu().numpy()
 
     def compute(self) -> dict[str, float]:
-        """Metrics in 0..1 by name, and the `count` of images.
+        """Metrics in 0..1 by name, and `count`, the number of images.
 
-        `mIoU` is the mean over the classes that are true or predicted anywhere, `mean_accuracy` the
-        mean over the true classes; `pixel_accuracy` is the fraction of correct pixels.
+        `mIoU` is averaged over classes that occur in ground truth or predictions, `mean_accuracy`
+        over classes in the ground truth; `pixel_accuracy` is the fraction of correct pixels.
         """
         total = sum(self._images.values(), np.zeros((self.num_classes, self.num_classes), np.int64))
         whole = {"image_ids": np.zeros(1, np.int64), "confusion": total[None]}
@@ -75,11 +68,7 @@ class MeanIoU(PerImage[Counts]):
         return {**values, "count": float(len(self._images))}
 
     def records(self) -> dict[str, Counts]:
-        """`image_ids` (N,), ascending, and `confusion` (N, C, C).
-
-        Raises:
-            UserError: No pixel with a class was scored.
-        """
+        """`image_ids` (N,), ascending, and `confusion` (N, C, C), checked."""
         numbers, shape = sorted(self._images), (-1, self.num_classes, self.num_classes)
         records = {
             "image_ids": np.array(numbers, np.int64),
@@ -90,34 +79,34 @@ class MeanIoU(PerImage[Counts]):
 
 
 class Pixels(NamedTuple):
-    """Numbers of correct, true and predicted pixels by class, in R sets of images, (R, C) each."""
+    """Correct, true and predicted pixel counts by class, for R sets of images, (R, C) each."""
 
     right: Float
     true: Float
     predicted: Float
 
     def drawn(self, counts: Float) -> Pixels:
-        """Sum over images for R resamples, in which image n occurs `counts[:, n]` times."""
+        """Sum over images for R resamples; resample r contains image n `counts[r, n]` times."""
         return Pixels(*(counts @ part for part in self))
 
 
 def pixels(records: Records) -> Pixels:
-    """Numbers of correct, true and predicted pixels of each image, (N, C) each."""
+    """Correct, true and predicted pixel counts by class of each image, (N, C) each."""
     confusion = records["confusion"]
     parts = (np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1))
     return Pixels(*(part.astype(np.float64) for part in parts))
 
 
 def number_of(name: str, found: Pixels, records: Records) -> Float:
-    """A metric of each set of images, (R,); NaN where it is undefined.
+    """Compute a metric on each of R sets of images, (R,); NaN where undefined.
 
     Args:
         name: One of `ROWS`, or `iou/<class>`.
-        found: Numbers of pixels in R sets of images.
-        records: Records from which class names are read.
+        found: Pixel counts of the R sets.
+        records: Records that contain the class names.
 
     Raises:
-        UserError: There is no such metric or class.
+        UserError: The metric or class is unknown.
     """
     if name == "pixel_accuracy":
         return np.asarray(found.right.sum(axis=1) / found.true.sum(axis=1))
@@ -133,7 +122,7 @@ def number_of(name: str, found: Pixels, records: Records) -> Float:
 
 
 class ClassRow(NamedTuple):
-    """Metrics of a class that is the true or predicted class of any pixel."""
+    """Metrics of a class that occurs in ground truth or predictions."""
 
     label: int
     fraction: float  # of the scored pixels
@@ -143,11 +132,9 @@ class ClassRow(NamedTuple):
 
 
 def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
-    """Metrics of each class that is true or predicted, the most frequent class first.
+    """Metrics of each class in ground truth or predictions, most frequent class first.
 
-    Args:
-        records: The arrays described at the top of this module.
-        instead: Largest number of wrongly predicted classes that a row lists.
+    Each row lists up to `instead` other classes that were predicted for the class's pixels.
     """
     confusion = records["confusion"].sum(axis=0)
     true, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
@@ -165,20 +152,20 @@ def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
 
 
 def value(records: Records, name: str) -> float | None:
-    """A metric over all images; None for a class that is neither true nor predicted anywhere."""
+    """Compute a metric over all images; None if undefined, as for a class that never occurs."""
     found = pixels(records).drawn(np.ones((1, len(records["image_ids"]))))
     number = float(number_of(name, found, records)[0])
     return None if np.isnan(number) else number
 
 
 def interval(records: Records, name: str) -> Interval:
-    """A metric with its 95 % bootstrap interval over images."""
+    """Metric with its 95 % bootstrap interval over images."""
     found = pixels(records)
     return drawn_again(lambda n: number_of(name, found.drawn(n), records), len(found.true))
 
 
 def difference(records: Records, twin: Records, name: str) -> Interval:
-    """A metric minus that of `twin`, with a paired bootstrap interval over images."""
+    """Metric of `records` minus that of `twin`, with a paired bootstrap interval over images."""
     own, other = pixels(records), pixels(twin)
 
     def gap(counts: Float) -> Float:
@@ -189,12 +176,7 @@ def difference(records: Records, twin: Records, name: str) -> Interval:
 
 
 def check(records: Records, where: str) -> None:
-    """Check records; error messages begin with `where`.
-
-    Raises:
-        UserError: An array is missing or has a wrong shape, a count is negative, or no pixel was
-            scored.
-    """
+    """Raise a UserError, prefixed with `where`, if records are malformed or no pixel was scored."""
     check_arrays(records, ("image_ids", "confusion"), where)
     confusion, ids = records["confusion"], records["image_ids"]
     if confusion.ndim != 3 or len(confusion) != len(ids) or len(set(confusion.shape[1:])) > 1:
@@ -212,7 +194,7 @@ def check(records: Records, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Raise a UserError if the classes or label maps of two runs differ."""
+    """Raise a UserError, prefixed with `pair`, if two runs differ in classes or label maps."""
     own, others = (pixels(one).true for one in (records, other))
     check_same_classes(own.shape[1], others.shape[1], pair)
     if wrong := int((own != others).any(axis=1).sum()):
@@ -230,6 +212,6 @@ def _ratio(part: Array, whole: Array) -> Float:
 
 
 def _mean(values: Float) -> Float:
-    """Mean over the classes whose values are not NaN, (R,)."""
+    """Mean over the classes, (R,), ignoring NaN."""
     there = ~np.isnan(values)
     return _ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1))

@@ -20,7 +20,7 @@ from kd.problems.spec import ProblemSpec
 
 
 class SegmentationProblem(ImageProblem[SegmentationDataset]):
-    """Images with label maps."""
+    """Semantic segmentation: images with label maps."""
 
     spec: ClassVar[ProblemSpec] = SPEC
     results_type: ClassVar[type[Results]] = SegmentationResults
@@ -31,13 +31,13 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
         self, section: TaskSection, data: SegmentationDataset,
         images: NDArray[np.int64] | None = None,
     ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-        """The option `pixel_fractions` of the task, if its option `class_weights` is set."""
+        """Compute `pixel_fractions` for the task if its option `class_weights` is set."""
         return data.class_fractions() if section.options.get("class_weights") else {}
 
     def inference(
         self, task: str, section: SegmentationSection, class_names: Sequence[str]
     ) -> Inference:
-        """Maps are predicted of whole images."""
+        """Build the inference of segmentation models, which run on whole images."""
         return SegmentationInference(class_names, section.size)
 
 

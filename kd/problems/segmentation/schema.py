@@ -1,4 +1,4 @@
-"""Spec of the segmentation problem: its data section and task; without torch."""
+"""Spec of the segmentation problem: its data section and task; does not import torch."""
 
 from __future__ import annotations
 

@@ -31,16 +31,15 @@ from kd.utils.images import VOID
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation(Task):
-    """Classify every pixel: cross-entropy over the pixels with a class, ignoring void.
+    """Semantic segmentation, trained with cross-entropy over labelled pixels.
 
-    Logits are upsampled bilinearly from the network's grid to that of the label maps.
+    Logits are upsampled bilinearly to the size of the label maps.
 
     Args:
         num_classes: C.
         label_smoothing: Fraction of the target that is spread over all classes.
-        class_weights: Power of the class weights, which are `median_frequency` of
-            `pixel_fractions`, scaled to a mean of 1 over pixels; 0: no weights.
-        pixel_fractions: The classes' fractions of the train pixels, (C,); needed for class weights.
+        class_weights: Exponent of the median-frequency class weights; 0: no weights.
+        pixel_fractions: Each class's fraction of the train pixels, (C,); needed for class weights.
     """
 
     outputs: ClassVar[Collection[str]] = ("logits", "auxiliary")
@@ -64,7 +63,7 @@ class Segmentation(Task):
         return (normalise(batch["images"]),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy` of the logits, and `auxiliary`, the same loss of an auxiliary output."""
+        """`cross_entropy` of the logits, and `auxiliary` if the network has an auxiliary output."""
         check_whole_places(output["logits"], batch["label_maps"])
         names = {"cross_entropy": "logits", "auxiliary": "auxiliary"}
         return {
@@ -74,7 +73,7 @@ class Segmentation(Task):
         }
 
     def _cross_entropy(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy, a mean over the pixels with a class; 0 if there are none."""
+        """Cross-entropy averaged over labelled pixels; 0 if there are none."""
         total = F.cross_entropy(
             on_grid(logits, (truth.shape[1], truth.shape[2])).float(),
             truth.long(),
@@ -92,9 +91,9 @@ class Segmentation(Task):
         return _class_weights(self.pixel_fractions, self.class_weights, like.device)
 
     def masks(self, batch: Batch) -> dict[str, Mask]:
-        """Masks for distillation, (N, h, w): `valid`, bool, is true for pixels with a class.
+        """Distillation masks, (N, h, w): `valid`, bool, is True for labelled pixels.
 
-        With class weights there is also `class_weights`, float, the weight of each pixel's class.
+        With class weights there is also `class_weights`, float: the weight of each pixel's class.
         """
 
         def labels(grid: tuple[int, int]) -> Tensor:
@@ -123,13 +122,13 @@ class Segmentation(Task):
         }
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """The unit `pixels` for `valid`, otherwise `images`, because all crops have one size."""
+        """The unit `pixels` for the mask `valid`, otherwise `images` (crops have equal size)."""
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
         """The most likely class of each pixel at the size of the image files, (N, H, W) int64.
 
-        Expects evaluation samples, with image files of one size in each batch.
+        Expects evaluation samples, with files of equal size within a batch.
         """
         height, width = batch["own_sizes"][0].tolist()
         # Converted to float32, because many pixels would be ties in bfloat16.
@@ -142,7 +141,7 @@ class Segmentation(Task):
 
 @functools.cache
 def _class_weights(fractions: tuple[float, ...], power: float, device: torch.device) -> Tensor:
-    """Class weights with a mean of 1 over pixels, so that micro-batch means can be combined."""
+    """Median-frequency class weights (C,), scaled to a mean of 1 over the train pixels."""
     weights = torch.tensor(median_frequency(fractions, power=power))
     return (weights / (weights * torch.tensor(fractions)).sum()).to(device)
 
@@ -155,10 +154,9 @@ def on_grid(logits: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def check_whole_places(logits: Tensor, truth: Tensor) -> None:
-    """Raise a UserError if the sides of crops are not multiples of the network's stride.
+    """Raise a UserError if crop sides are not multiples of the network's stride.
 
-    The last cell of the network's grid would cover pixels beyond the crop; upsampling the map to
-    the crop's size would then shift everything up and to the left.
+    Otherwise the last grid cell would extend beyond the crop, and upsampling would shift the map.
     """
     sides = zip(("high", "wide"), truth.shape[1:], logits.shape[2:], strict=True)
     for name, pixels, places in sides:
