@@ -58,7 +58,7 @@ def train(name: str, out: Path, epochs: int) -> list[Path]:
     }
     if task in ("segmentation", "saliency"):
         settings.pop("data.labelled")
-    options = recipe["student"]["options"]
+    options = recipe["student"].get("options", {})
     settings |= {
         f"student.options.{key}": None for key in ("weights", "frozen") if options.get(key)
     }
