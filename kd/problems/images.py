@@ -62,7 +62,6 @@ class ImageDataset(SplitDataset[S]):
 
     @property
     def problem(self) -> Problem[Any]:
-        """The problem that the data section belongs to."""
         return problem_of_data(self.section)
 
     @abstractmethod
@@ -90,13 +89,9 @@ def is_small(split: ImageSplit) -> bool:
 def open_layout(
     section: AnnotatedSection, layout: str, open_split: Callable[..., S], *options: Any
 ) -> tuple[S, S]:
-    """Open both splits of a dataset in a published or custom layout.
+    """Open both splits of a dataset in a published layout or a custom `package.module:attribute`.
 
-    Args:
-        section: The data section.
-        layout: Name of a published layout, or `package.module:attribute` of a custom open function.
-        open_split: Opens a split of a published layout; called as (layout, root, split, *options).
-        options: Further arguments of `open_split` or the custom function.
+    `open_split` opens a split of a published layout, called as (layout, root, split, *options).
     """
     root = root_of(section, holds=layout_holds(layout, str(section.train)))
     own: Callable[..., S] = (
@@ -116,12 +111,10 @@ class ImageProblem(Problem[D]):
     resizes_maps: ClassVar[bool] = False
 
     def training(self, data: D, sampling: Sampling, task: Task | None = None) -> ImageSamples:
-        """Training samples of all train images."""
         samples: ImageSamples = data.training(sampling.seed, sampling.cached)
         return samples
 
     def evaluation(self, data: D, split: Split = "val") -> ImageSamples:
-        """Whole images of a split, at the data section's size."""
         samples: ImageSamples = data.whole(split, size=data.section.size)
         return samples
 
@@ -136,9 +129,7 @@ class ImageProblem(Problem[D]):
 class ImagesView:
     """Whole images of a split as teacher input; record ids are image positions in the split.
 
-    Args:
-        size: Image size, as for `ImageDataset.whole`.
-        resizes_maps: See `ImageProblem`.
+    `size` is as for `ImageDataset.whole`, `resizes_maps` as for `ImageProblem`.
     """
 
     unit = "images"
@@ -184,7 +175,6 @@ class ImagesView:
         return batch["image_ids"], torch.arange(len(batch["image_ids"]))
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """Mirror the batch's images left to right."""
         return {**batch, "images": mirror_images(batch)[0]}
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:
@@ -246,7 +236,6 @@ class ImageResults(Results):
         self, data: Any, predictors: Mapping[str, Predictor], runs: Mapping[str, Records], *,
         count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw ground truth and predictions on val images sampled evenly from the split."""
         for place in spread(count, len(data.val.images)):
             predicted = {}
             for name, one in predictors.items():

@@ -128,7 +128,6 @@ class DetectionDataset(AnnotatedDataset):
 
     @property
     def problem(self) -> Problem[Any]:
-        """The registered problem `detection`."""
         return problem("detection")
 
     @property
@@ -152,8 +151,7 @@ class DetectionDataset(AnnotatedDataset):
     def prior(self, images: Collection[int] | None = None) -> npt.NDArray[np.float64]:
         """Class fractions of train objects, (C,), with add-one smoothing.
 
-        Args:
-            images: Ids of the train images to count in; None: all.
+        `images` restricts the count to the objects on the train images with these ids.
         """
         rows, _ = objects_on(self.train, images)
         return smoothed(np.bincount(self.train.labels[rows], minlength=self.num_classes))

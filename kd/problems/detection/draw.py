@@ -28,7 +28,7 @@ def found_figures(
     """Draw ground truth and each run's detections on images sampled evenly from a split.
 
     Args:
-        runs: Run name -> records; all runs have the same images. Panels are in this order.
+        runs: Run name -> records; all runs have the same images.
         read: Reads an image by id as (3, H, W) uint8 at its original size.
         count: Maximum number of images; images without objects are skipped.
         least: Lowest score of a detection to draw.
@@ -63,7 +63,7 @@ def found_figures(
 def mask_figures(
     data: DetectionSamples, task: object, *, count: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield the name and figure of a detection task's imitation masks, for up to `count` images.
+    """Yield (name, figure) with imitation masks, for up to `count` images that have objects.
 
     Yields nothing if the task is not `Detection` or has no `levels`.
     """

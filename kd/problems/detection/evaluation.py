@@ -52,7 +52,6 @@ class DetectionEvaluation(Evaluation):
         }
 
     def summary_tables(self) -> list[Table]:
-        """A table of metrics with 95 % intervals, and a table of AP by object size."""
         return [*super().summary_tables(), self.size_table()]
 
     def size_table(self) -> Table:
@@ -88,7 +87,6 @@ class DetectionEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures of AP by class and by object size."""
         yield "class_ap", self.class_figure()
         yield "size_ap", self.size_figure()
 
@@ -137,7 +135,6 @@ class DetectionEvaluation(Evaluation):
         return figure
 
     def details(self, name: str) -> dict[str, Any]:
-        """COCO metrics of each class, for `metrics.json`."""
         rows = [
             {"name": self.names[row.label], "objects": row.objects, **row.numbers}
             for row in self.classes[name]
@@ -164,7 +161,6 @@ class DetectionResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """Describe the number of objects and images, for titles."""
         objects = int((~records["truth_crowds"]).sum())
         return f"{objects} objects in {len(records['image_ids'])} images"
 

@@ -26,10 +26,7 @@ from kd.utils.images import resize, scaled_size
 class Detections(Prediction):
     """Detected objects, highest score first.
 
-    Attributes:
-        boxes: (K, 4) xyxy pixels.
-        scores: (K,) in 0..1.
-        labels: (K,) int64, 0..C-1.
+    `boxes` (K, 4) are xyxy pixels, `scores` (K,) in 0..1, `labels` (K,) int64 in 0..C-1.
     """
 
     boxes: Tensor
@@ -38,7 +35,6 @@ class Detections(Prediction):
 
     @property
     def names(self) -> list[str]:
-        """Class name of each detection."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def above(self, score: float) -> Detections:
@@ -50,13 +46,11 @@ class Detections(Prediction):
         )  # fmt: skip
 
     def annotations(self) -> list[dict[str, Any]]:
-        """Detections as COCO annotations."""
         rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
                    strict=True)  # fmt: skip
         return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
 
     def draw(self, image: Tensor) -> Figure:
-        """Draw the detections with a score of at least `LEAST_SCORE`."""
         best = self.above(LEAST_SCORE)
         order = best.scores.argsort()  # the highest score is drawn last, on top
         marked = Marked(
@@ -70,11 +64,7 @@ RAW = ("class_maps", "box_maps", "centre_maps")  # outputs of a detector before 
 
 
 class DetectionGraph(ExportGraph):
-    """A detector for export: returns detections and the raw maps they are decoded from.
-
-    Args:
-        size: Side of the square input image, pixels.
-    """
+    """Detector for export, with normalisation and suppression, on square images of side `size`."""
 
     inputs: ClassVar[Mapping[str, str]] = {
         "images": "uint8 RGB (N, 3, S, S); scaled to a long side of S, 0 below and on the right",
@@ -101,18 +91,15 @@ class DetectionGraph(ExportGraph):
         }
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Return the detections, (N, K, 6), and the raw maps in the order of `maps`."""
         frame = (images.shape[2], images.shape[3])
         pixels = normalise(images) * valid_pixels(sizes, frame)[:, None]
         output = self.model(pixels, sizes)
         return (output["detections"], *(output[name].float() for name in self.maps))
 
     def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the batch's images and their sizes."""
         return {"images": batch["images"], "sizes": batch["sizes"]}
 
     def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the detections, (N, K, 6)."""
         return outputs["detections"]
 
 
@@ -124,7 +111,6 @@ class DetectionInference(Inference):
         self.long_side: int = size
 
     def samples(self, image: InputImage) -> list[Sample]:
-        """Make a single sample from the whole image, without ground-truth boxes."""
         scaled = scaled_size(*image.size, self.long_side)
         return [{
             "images": pad(resize(image.pixels, scaled), self.long_side),
@@ -136,7 +122,6 @@ class DetectionInference(Inference):
         }]  # fmt: skip
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
-        """Build the export graph, which includes normalisation and non-maximum suppression."""
         return DetectionGraph(model, task, self.long_side)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> Detections:

@@ -24,13 +24,12 @@ _FLUSH_AT = 1024  # number of images whose detections are copied to the CPU toge
 
 
 class FoundBoxes(PerImage[Array]):
-    """Average precision of detections as defined by COCO, Pascal VOC and KITTI.
+    """COCO, Pascal VOC and KITTI average precision of detections.
 
     Every image passed to `take` is scored once, even without detections or objects.
 
     Args:
         truth: Ground truth; images never passed to `take` are ignored.
-        names: C class names.
         confusable: For each class, its group of confusable classes, or None.
         kitti: KITTI only: ground-truth objects with their difficulties.
         where: Prefix of error messages, such as the name of a run or dataset.
@@ -55,8 +54,7 @@ class FoundBoxes(PerImage[Array]):
     def take(self, decoded: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Add a batch of detections, (N, K, 6): x1, y1, x2, y2, score, class.
 
-        Coordinates are pixels of the padded frame; rows with score 0 are padding. Uses the batch's
-        `image_ids`, `sizes` (without padding) and `own_sizes` (of the image files).
+        Coordinates are pixels of the padded frame; rows with score 0 are padding.
         """
         if decoded.ndim != 3 or decoded.shape[2] != 6 or len(decoded) != len(batch["image_ids"]):
             expected = f"({len(batch['image_ids'])}, K, 6)"
@@ -70,7 +68,6 @@ class FoundBoxes(PerImage[Array]):
             self._flush()
 
     def gather(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge the results of all ranks; every rank must call this method."""
         self._flush()
         super().gather(group)
         self._records = None

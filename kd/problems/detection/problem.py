@@ -34,7 +34,6 @@ class DetectionProblem(Problem[DetectionDataset]):
     open = staticmethod(open_detection)
 
     def class_names(self, section: ObjectsSection) -> tuple[str, ...]:
-        """Read the class names without opening the images."""
         return class_names(section, layout=section.layout, classes=section.classes)
 
     def training(
@@ -48,21 +47,17 @@ class DetectionProblem(Problem[DetectionDataset]):
         )  # fmt: skip
 
     def evaluation(self, data: DetectionDataset, split: Split = "val") -> DetectionSamples:
-        """Evaluation samples: whole images with all their boxes."""
         return data.samples(split)
 
     def cached_data(self, data: DetectionDataset) -> Dataset:
-        """The same dataset for context teachers: scenes with one object hidden at a time."""
         return data.objects
 
     def object_ids(self, data: DetectionDataset) -> NDArray[np.int64]:
-        """Annotation ids of the train objects."""
         return data.train.object_ids.astype(np.int64)
 
     def teacher_view(
         self, teacher: Teacher, data: DetectionDataset, split: Split, *, size: int | None = None
     ) -> TeacherView:
-        """Scenes with one object hidden at a time, as input of a context teacher."""
         return data.objects.problem.teacher_view(teacher, data.objects, split, size=size)
 
     def build_student(
@@ -79,14 +74,12 @@ class DetectionProblem(Problem[DetectionDataset]):
     def student_prior(
         self, data: DetectionDataset, labelled: NDArray[np.int64] | None = None
     ) -> Sequence[float]:
-        """Class fractions of the train objects, by default of all train images."""
         prior: list[float] = data.prior(labelled).tolist()
         return prior
 
     def inference(
         self, task: str, section: ObjectsSection, class_names: Sequence[str]
     ) -> Inference:
-        """Build the inference of detectors, which run on whole images."""
         return DetectionInference(class_names, section.size)
 
 

@@ -59,7 +59,7 @@ def box_records(
     category_ids: Ints, confusable: Sequence[str | None] | None = None,
     kitti: KittiTruth | None = None,
 ) -> Records:  # fmt: skip
-    """Build records of detections and ground truth.
+    """Build records of detections and ground truth; the module docstring lists the arrays.
 
     Args:
         truth: All objects, crowds included.
@@ -101,7 +101,6 @@ def detections(image: Ints, label: Ints, xywh: Array) -> Boxes:
 
 
 def true_boxes(records: Records) -> Boxes:
-    """Return all ground-truth boxes of the records, crowds included."""
     return Boxes(
         image=records["truth_images"].astype(np.int64),
         label=records["truth_labels"].astype(np.int64),
@@ -112,13 +111,11 @@ def true_boxes(records: Records) -> Boxes:
 
 
 def found_boxes(records: Records) -> Boxes:
-    """Return the detected boxes of the records."""
     image, label = (records[name].astype(np.int64) for name in ("found_images", "found_labels"))
     return detections(image, label, records["found_boxes"].astype(np.float64))
 
 
 def found_scores(records: Records) -> Floats:
-    """Scores of the detections, (D,)."""
     return records["found_scores"].astype(np.float64)
 
 
@@ -157,10 +154,7 @@ def write_results(records: Records, path: Path) -> None:
 
 
 def check(records: Records, where: str) -> None:
-    """Raise a UserError, prefixed with `where`, if records are malformed or have no object.
-
-    Checked are the shapes, image and class indices, finite values and non-negative box sides.
-    """
+    """Raise a UserError, prefixed with `where`, if records are malformed or have no object."""
     required = ("image_ids", "names", "category_ids", *TRUTH, *FOUND)
     check_arrays(records, required, where, " of boxes")
     classes = len(records["category_ids"])
@@ -331,7 +325,6 @@ class _RecordsKey:
 
     @cached_property
     def digest(self) -> bytes:
-        """Hash of all arrays that metrics depend on."""
         content = hashlib.blake2b(digest_size=16)
         for name in ("image_ids", "category_ids", "names", "confusable", *TRUTH, *DIFFICULTY,
                      *FOUND):  # fmt: skip
@@ -385,9 +378,9 @@ def _matched(records: Records, *, areas: int = len(AREAS)) -> tuple[MeanAP, Matc
 
 
 def _numbers(meter: MeanAP, matches: Matches, weights: Array | None) -> dict[str, Floats]:
-    """COCO metrics of each class by name, (R, C); row r weights the images by `weights[r]`.
+    """COCO metrics of each class by name, (R, C).
 
-    If `weights` is None, R is 1 and all images have the same weight.
+    Row r weights the images by `weights[r]`; if `weights` is None, R is 1 and all weights are 1.
     """
     averages = meter.average(matches, weights)  # (R, A, T, C)
     found = {

@@ -62,15 +62,13 @@ class Detection(Task):
     near_boxes: bool = False
 
     def __post_init__(self) -> None:
-        """Check that `psi` is in 0..1."""
         if not 0 <= self.psi <= 1:
             raise UserError(f"psi must be in 0..1, got {self.psi}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         """Normalised images (N, 3, H, W), 0 in the padding, and the detector's other arguments.
 
-        `kd.nn.detectors.contract` lists the arguments. Boxes near the ground truth depend only on
-        the batch, so student and teacher get the same boxes.
+        `kd.nn.detectors.contract` lists the arguments.
         """
         images = batch["images"]
         size = (images.shape[2], images.shape[3])
@@ -84,11 +82,9 @@ class Detection(Task):
         return pixels, sizes, *known, *crowds, near
 
     def rows(self, batch: Batch) -> Rows:
-        """One row per ground-truth box."""
         return object_rows(batch)
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Detection:
-        """Return a copy of the task that computes the masks and outputs these loss terms read."""
         psis = {term.mask_value for term in terms if term.mask_value is not None}
         return self._reading([term.student for term in terms], psis=tuple(sorted(psis)))
 
@@ -133,10 +129,7 @@ class Detection(Task):
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Count boxes and images, and the cells of each mask at each stride, as `MASK/STRIDE`.
-
-        `valid` and `frame` (with padding) are counted at every power of two.
-        """
+        """Count boxes, images, and each mask's cells at each stride, as `MASK/STRIDE`."""
         height, width = batch["images"].shape[-2:]
         images = full_count(batch, "images")
         made = self.masks(batch) if masks is None else masks
@@ -178,7 +171,7 @@ class Detection(Task):
         self._level(stride)  # raises for strides without a level, as in `_whole`
 
         def united(boxes: Tensor) -> Tensor:
-            """Fraction of each cell covered by an image's boxes, at most 1 where they overlap."""
+            # Fraction of each cell that an image's boxes cover, at most 1 where they overlap.
             covered = coverage(boxes, grid, stride)
             empty = covered.new_zeros(len(batch["images"]), *grid)
             return empty.index_add(0, batch["image_of"], covered).clamp(max=1.0)
@@ -206,7 +199,6 @@ class Detection(Task):
         return output["detections"]
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the metric: COCO, Pascal VOC and KITTI average precision."""
         if classes.truth is None:
             raise UserError(
                 f"{classes.where}: the dataset has no annotated boxes to evaluate detections on"
@@ -248,26 +240,19 @@ def anchor_sides(level: Level, reach: float = 0.0) -> tuple[tuple[float, float],
 def anchors_of(
     level: Level, grid: tuple[int, int], *, alone: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """Anchors on an image's grid of (rows, columns), (h, w, K, 4) xyxy pixels.
+    """Anchors on a grid of (rows, columns) cells, (h, w, K, 4) xyxy pixels.
 
-    `alone`: the detector has no other level; see `reach` of `anchor_sides`.
+    Set `alone` if the level is the detector's only feature map; see `anchor_sides`.
     """
     sides = anchor_sides(level, max(grid) * level.stride if alone else 0.0)
     return anchor_grid(*grid, stride=level.stride, sides=sides, offset=level.offset, device=device)
 
 
 def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
-    """Assign each box to the level with the most similar anchor shape.
+    """Assign each box (M, 4), xyxy pixels, to the level with the most similar anchor shape.
 
-    That is the largest IoU between the box and an anchor with the same centre; ties go to the
-    finest level. It keeps a box from selecting cells on levels where a detector would not find it.
-
-    Args:
-        boxes: (M, 4) xyxy pixels.
-        levels: Finest first.
-
-    Returns:
-        Index in `levels` of each box's level, (M,) int64.
+    That is the level with the largest IoU between the box and an anchor with the same centre; ties
+    go to the first level. Returns level indices, (M,) int64.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
     best = []

@@ -83,7 +83,6 @@ class AnnotatedSamples(Dataset[Sample]):
         self.images, self.known = repeated(images, known, times)
 
     def __len__(self) -> int:
-        """Number of samples in an epoch."""
         return len(self.images)
 
     def together(self, batch_size: int) -> int:
@@ -99,7 +98,6 @@ class AnnotatedSamples(Dataset[Sample]):
         return self.files.file(image)
 
     def entries(self, position: int, pixels: Tensor, plan: Plan, found: Objects) -> Sample:
-        """Build the sample entries for an image and its objects."""
         labels = self.index.labels[found.rows].astype(np.int64)
         if not self.known[position]:
             labels[:] = -1
@@ -279,11 +277,9 @@ class AnnotatedDataset(SplitDataset[CocoIndex]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the C classes."""
         return self.val.class_names
 
     def labelled(self, seed: int) -> NDArray[np.int64] | None:
-        """Ids of the train images that are labelled for a student with this seed; None: all."""
         return labelled_images(self.train, self.section.labelled, seed)
 
 
@@ -293,7 +289,6 @@ class ObjectsDataset(AnnotatedDataset):
 
     @property
     def problem(self) -> Problem[Any]:
-        """The registered problem `objects`."""
         return problem("objects")
 
     def class_info(self) -> Classes:
@@ -385,11 +380,8 @@ def open_objects(section: DatasetSection) -> ObjectsDataset:
 class ObjectsView:
     """Teacher input for caching: every object of a split, hidden in turn.
 
-    The cache has one record per object, identified by annotation id.
-
-    Attributes:
-        data: The dataset; its section's object size limits are ignored.
-        seen: The teacher's data section, which determines image size and hidden shape.
+    There is one record per object, identified by annotation id. `seen` is the teacher's data
+    section, which determines image size and hidden shape; limits on object size are ignored.
     """
 
     data: ObjectsDataset
@@ -431,7 +423,6 @@ class ObjectsView:
         return batch["object_ids"][batch["hidden"]], image_rows(batch)
 
     def mirrored(self, batch: Batch) -> dict[str, Tensor]:
-        """Mirror images, boxes and masks."""
         return mirror_objects(batch)
 
     def moved(self, cached: Sequence[CachedField], augment: dict[str, Any]) -> Samples:

@@ -59,7 +59,6 @@ def hidden_scene_figure(
 
 
 def _scene(axes: Axes, pixels: NDArray[Any], corners: Sequence[float]) -> None:
-    """Draw the scene with the object's box covered."""
     axes.imshow(pixels)
     x1, y1, x2, y2 = corners
     place, across, down = (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1

@@ -38,7 +38,6 @@ class ObjectsEvaluation(Evaluation):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics in the tables: top-n accuracies first."""
         return (*(f"top{n}" for n in scores.TOPS),
                 *(name for name in self.results.rows if name not in ("top1", "top5")))  # fmt: skip
 
@@ -65,7 +64,6 @@ class ObjectsEvaluation(Evaluation):
         return counts
 
     def notes(self) -> Sequence[str]:
-        """Notes on the references and, for a single run, its difference from each reference."""
         notes = [ABOUT[name] for name in self.references if name in ABOUT]
         if len(self.runs) > 1:
             return notes
@@ -121,7 +119,6 @@ class ObjectsEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),))
 
     def all_tables(self) -> list[Table]:
-        """Tables to write to `table.md`; for a single run, these include the confusions."""
         tables = super().all_tables()
         if len(self.runs) == 1:
             tables.append(self.confusion_table("Most frequent confusions", confusions(self.first)))
@@ -168,7 +165,6 @@ class ObjectsEvaluation(Evaluation):
         return {binned: number for binned, number in values.items() if number is not None}
 
     def numbers(self) -> dict[str, Any]:
-        """Contents of the tables in full precision, for `metrics.json`."""
         found, names = super().numbers(), self.names
         if len(self.runs) > 1:
             return found
@@ -207,7 +203,6 @@ class ObjectResults(Results):
     our_difference = staticmethod(scores.difference)
 
     def about(self, records: Records) -> str:
-        """Describe the number of objects and images, for titles."""
         images = len(set(records["image_ids"].tolist()))
         return f"{len(records['labels'])} objects in {images} images"
 
@@ -236,7 +231,6 @@ class ObjectResults(Results):
         return ObjectsEvaluation(self, title, section, runs, known, lambda: data)
 
     def comparison(self, runs: Mapping[str, Records], table: Table) -> Figure:
-        """Draw top-n curves of the runs and of the class prior."""
         return figures.top_n_figure(runs, self.references(next(iter(runs.values()))))
 
     def training_figures(
@@ -252,7 +246,6 @@ class ObjectResults(Results):
         self, data: ObjectsDataset, predictors: Mapping[str, Predictor],
         runs: Mapping[str, Records], *, count: int, accelerator: Accelerator,
     ) -> Iterator[Figure]:  # fmt: skip
-        """Draw hidden objects with each model's predictions."""
         return hidden_scenes(predictors, data, count=count, accelerator=accelerator)
 
 
@@ -283,7 +276,6 @@ class SceneLabelsEvaluation(Evaluation):
         return Table("AP (%) by class", ("class", "images", *self.runs), (tuple(lines),))
 
     def numbers(self) -> dict[str, Any]:
-        """Contents of the tables in full precision, for `metrics.json`."""
         return {**super().numbers(), "classes": self.classes}
 
 

@@ -169,15 +169,10 @@ def confusion_figure(
 def matrix_figure(
     matrix: Array, names: Sequence[str], rows: Sequence[str], *, most: int = 20, more: int = 6
 ) -> Figure:
-    """Draw a confusion matrix in percent of each row; the caller labels the y axis.
+    """Draw a confusion matrix in percent of each row; rows are true, columns predicted classes.
 
-    Args:
-        matrix: (C, C) counts by true class (rows) and predicted class (columns).
-        names: C column labels.
-        rows: C row labels.
-        most: Number of true classes to draw, most frequent first.
-        more: Number of extra columns for other frequently predicted classes; one more column, "any
-            other", has the rest.
+    Shows the `most` frequent classes, then up to `more` columns of other frequently predicted
+    classes, then "any other". `names` label the columns, `rows` the rows.
     """
     support = matrix.sum(axis=1)
     order = np.argsort(-support, kind="stable")[: min(most, int((support > 0).sum()))]

@@ -126,7 +126,6 @@ class TopN:
         return scores.evaluate(self.records())
 
     def save_predictions(self, path: str | Path) -> None:
-        """Write the records as an .npz file, atomically."""
         save_records(self.records(), Path(path))
 
     def _flush(self) -> None:

@@ -29,10 +29,7 @@ _OF_TRAINING = {"weights": None, "frozen": None, "batch_norm_frozen": False, "re
 
 
 def resolved(student: Model) -> Model:
-    """Replace the run in the option `like` (default: `weights`) by its teacher's name and options.
-
-    Raises a UserError if no run is named, or it does not exist or is not a teacher's run.
-    """
+    """Replace the run in option `like` (default: `weights`) by its teacher's name and options."""
     if student.name != TRANSFERRED:
         return student
     like = student.options.get("like", student.options.get("weights"))

@@ -45,11 +45,7 @@ def relative(fixations: Tensor, size: Size) -> Tensor:
 class CentrePrior:
     """Predicts the density of fixations from the image's size alone.
 
-    Args:
-        places: All train fixations, (K, 2), as fractions of the image's width and height.
-
-    Raises:
-        UserError: There are no fixations, or one is outside its image.
+    `places` are all train fixations, (K, 2), as fractions of the image's width and height.
     """
 
     def __init__(self, places: Tensor) -> None:
@@ -76,16 +72,13 @@ class CentrePrior:
 def predict_from_others(
     fixations: Tensor, size: Size, *, sigma: float, prior: Tensor | None = None
 ) -> Tensor:
-    """Predict one person's density of fixations on an image from the fixations of other people.
+    """Predict a density of fixations, (H, W) float64 with sum 1, from other people's fixations.
 
     Args:
         fixations: Fixations of the other people, (K, 2) x, y in pixels.
         size: (height, width) of the image.
         sigma: Standard deviation of the smoothing, pixels.
         prior: Density (H, W) to mix in, such as the centre prior; None: uniform.
-
-    Returns:
-        Density (H, W), float64 with sum 1.
     """
     known = density_of(torch.ones(size) if prior is None else prior)
     if not len(fixations):
@@ -98,18 +91,13 @@ def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> d
 
     Metrics at fixations: each person is predicted from all other people; the average is weighted by
     number of fixations. `KLD`, `CC` and `SIM`: each half of the people is predicted from the other
-    half. A half is noisier than all people, so a model may score better.
+    half. A half is noisier than all people, so a model may score better. Metrics are NaN if
+    undefined or if there are fewer than two people.
 
     Args:
         truth: All fixations on the image.
         subjects: Index of the person who made each fixation, (K,).
         sigma: Standard deviation of the smoothing in pixels, as in `truth.density`.
-
-    Returns:
-        Metric name -> value; NaN if undefined or if there are fewer than two people.
-
-    Raises:
-        UserError: `subjects` and the fixations differ in number.
     """
     if subjects.shape != (len(truth.fixations),):
         raise UserError(
@@ -141,10 +129,7 @@ def inter_observer(truth: SaliencyTruth, subjects: Tensor, *, sigma: float) -> d
 
 
 def references(records: Records) -> dict[str, Records]:
-    """Records of each reference on the same images, by the reference's display name.
-
-    References missing in `records`, or NaN on all images, are left out.
-    """
+    """Records of the available references on the same images, by display name."""
     found: dict[str, Records] = {}
     for array in _present(records):
         columns = {m: records[array][:, place] for place, m in enumerate(METRICS)}

@@ -69,7 +69,6 @@ class SaliencySamples(ImageSamples):
         return self.flips.draw(random, own, (height, width))
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, multiples of 8, at which the model reads an image of size `own`."""
         return input_size(own, self.frame)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
@@ -98,7 +97,6 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The single name `saliency`, since there is only one output map."""
         return ("saliency",)
 
     def class_info(self) -> Classes:
@@ -106,7 +104,6 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
         return Classes(self.class_names, where=self.section.name, truth=lambda: self)
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SaliencySamples:
-        """Padded, augmented train images, with the given cached teacher outputs."""
         section = self.section
         return SaliencySamples(
             self.train, size=section.size, augment=section.augment, seed=seed, cached=cached
@@ -151,10 +148,9 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def _negatives(self) -> tuple[Tensor, Tensor]:
-        """Fixations sampled from whole val images, as negatives for shuffled AUC.
+        """Sample fixations from all val images, as negatives for shuffled AUC.
 
-        Returns relative positions (J, 2) and image positions in the split (J,); J is at least
-        `NEGATIVES`, or all fixations.
+        Returns relative x, y positions (J, 2), and for each the position of its image in the split.
         """
         places, numbers, count = [], [], 0
         random = np.random.default_rng(_STREAM)
@@ -190,8 +186,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 def people(observers: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     """Observer index of each fixation on an image, (F,).
 
-    If all observers are `UNKNOWN`, fixations are assigned to `RANDOM_OBSERVERS` at random, with the
-    image's position in the split, `number`, as seed.
+    If all observers are `UNKNOWN`, fixations are divided at random among `RANDOM_OBSERVERS`.
     """
     if not (observers == UNKNOWN).all():
         return observers
@@ -221,10 +216,6 @@ def open_fixations(section: SaliencySection) -> SaliencyDataset:
 
     For a larger split only fixations are read: those of all val images, and of the train images
     that the centre prior is computed from.
-
-    Raises:
-        UserError: A file cannot be opened, is corrupt or does not fit its image, or an image has no
-            fixations.
     """
     opened = SaliencyDataset(section, *_splits(section))
     opened.training(0)  # checks the options before any file is read

@@ -35,10 +35,7 @@ class SaliencyEvaluation(Evaluation):
     """Tables and figures that compare saliency models."""
 
     def class_table(self, *, most: int = 5) -> Table:
-        """List the images with the worst and best KLD of the first run, up to `most` of each.
-
-        This table replaces the table by class, since saliency has no classes.
-        """
+        """List the images with the worst and best KLD of the first run, up to `most` of each."""
         records = self.first
 
         def line(n: int) -> tuple[str, ...]:
@@ -54,7 +51,6 @@ class SaliencyEvaluation(Evaluation):
         return Table("By image", header, groups, (note,))
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures of each metric's distribution over images, for runs and references."""
         for name in ("KLD", "NSS", "IG"):
             yield f"images_{name}", self.image_figure(name)
 
@@ -115,12 +111,9 @@ class SaliencyResults(ImageResults):
 
 
 def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
-    """Draw a density (H, W) as a heat map over a dimmed grey image; returns (H, W, 3) uint8.
+    """Overlay a density (H, W) on the grey image as a heat map, (H, W, 3) uint8.
 
-    Args:
-        image: (3, H, W) uint8.
-        density: Density of fixations, (H, W).
-        top: Density at which the colour scale ends.
+    The brightest colour stands for the density `top` and larger ones.
     """
     height = (density.double() / max(top, 1e-30)).clamp(0, 1).sqrt().numpy()
     heat = np.asarray(colormaps["inferno"](height))[..., :3]
@@ -132,12 +125,9 @@ def heated(image: Tensor, density: Tensor, *, top: float) -> NDArray[np.uint8]:
 def density_figure(
     image: Tensor, points: NDArray[np.float64], maps: Mapping[str, Tensor]
 ) -> Figure:
-    """Draw an image, its fixations, and densities over it on a shared colour scale.
+    """Draw an image, its fixations (F, 2), and densities over it on a shared colour scale.
 
-    Args:
-        image: (3, H, W) uint8.
-        points: Fixations, (F, 2) x, y in pixels.
-        maps: Title -> density (H, W); the first one, the ground truth, sets the colour scale.
+    `maps`: title -> density (H, W); the first, the ground truth, sets the colour scale.
     """
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).numpy()

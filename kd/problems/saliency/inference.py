@@ -31,7 +31,6 @@ class SaliencyMap(Prediction):
     density: Tensor
 
     def draw(self, image: Tensor) -> Figure:
-        """Draw the density as a heat map over the image."""
         figure, panels = image_panels(2, image.shape[1] / image.shape[2], most=2, across=3.0)
         heat = heated(image, self.density, top=float(self.density.max()))
         drawn = {"image": image.permute(1, 2, 0).numpy(), "predicted": heat}
@@ -47,7 +46,7 @@ class SaliencyMap(Prediction):
 
 
 class SaliencyGraph(ExportGraph):
-    """A saliency model for export: returns the density and logits of images of any size."""
+    """Saliency model for export, with normalisation; takes images of any size."""
 
     inputs: ClassVar[Mapping[str, str]] = {
         "images": "uint8 RGB (N, 3, H, W); height and width are multiples of 8"
@@ -59,17 +58,14 @@ class SaliencyGraph(ExportGraph):
     images_of_any_size: ClassVar[bool] = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the densities, (N, 1, H, W), and the logits, (N, 1, h, w)."""
         logits = named(self.model(normalise(images)))[SALIENCY].float()
         full = on_grid(logits, (images.shape[2], images.shape[3]))
         return density_of(full, published=self.task.published), logits
 
     def feed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the batch's images."""
         return {"images": batch["images"]}
 
     def decoded(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the densities at the size of the image files."""
         decoded: Tensor = self.task.decode({SALIENCY: outputs["logits"]}, batch)
         return decoded
 
@@ -84,15 +80,12 @@ class SaliencyInference(Inference):
         self.frame = frame
 
     def samples(self, image: InputImage) -> list[Sample]:
-        """Make a single sample from the whole image."""
         pixels = resize(image.pixels, input_size(image.size, self.frame))
         sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
         return [{"images": pixels, **sizes}]
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
-        """Build the export graph, which includes normalisation and conversion to a density."""
         return SaliencyGraph(model, task)
 
     def prediction(self, decoded: Tensor, image: InputImage) -> SaliencyMap:
-        """Wrap a density (1, 1, H, W) as the image's prediction."""
         return SaliencyMap(size=image.size, class_names=self.class_names, density=decoded[0, 0])

@@ -49,12 +49,9 @@ class SaliencyMaps(PerImage[dict[str, float]]):
         self._truth, self._references = truth, references
 
     def take(self, decoded: Tensor | Sequence[Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Score the maps of a batch; images that were already scored are skipped.
+        """Score a batch's maps: (N, 1, H, W), (N, H, W), or a list of maps that differ in size.
 
-        Args:
-            decoded: Non-negative maps of the ground truth's size, at any scale: (N, 1, H, W), (N,
-                H, W), or a sequence of maps if sizes differ.
-            batch: Only the entry `image_ids` (N,) is used.
+        Maps must be non-negative and have the ground truth's size; their scale does not matter.
         """
         for predicted, number in zip(decoded, batch["image_ids"].tolist(), strict=True):
             if number in self._images:

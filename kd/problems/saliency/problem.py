@@ -42,7 +42,6 @@ class SaliencyProblem(ImageProblem[SaliencyDataset]):
     def inference(
         self, task: str, section: SaliencySection, class_names: Sequence[str]
     ) -> Inference:
-        """Build the inference of saliency models, which run on whole images."""
         return SaliencyInference(class_names, section.size)
 
 

@@ -63,7 +63,6 @@ class Saliency(Task):
         return {"images": images, "valid_images": images, "pixels": pixels}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """The unit `pixels` for the mask `valid`, otherwise `images`."""
         return "pixels" if mask == "valid" else "images"
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
@@ -77,7 +76,6 @@ class Saliency(Task):
         return density_of(logits, published=self.published)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the metric, which computes all metrics of `kd.metrics.saliency`."""
         if classes.truth is None:
             raise UserError(
                 f"{classes.where}: the dataset has no fixations to evaluate predictions on"

@@ -52,7 +52,6 @@ class SegmentationSamples(ImageSamples):
         return self.crops.draw(random, own, self.frame, factor=factor)
 
     def seen(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, multiples of 16, at which the model reads an image of size `own`."""
         return input_size(own, self.size)
 
     def targets(self, image: int, own: tuple[int, int], cut: Crop | None) -> Sample:
@@ -76,7 +75,6 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the C classes."""
         return self.train.class_names
 
     def class_info(self) -> Classes:
@@ -99,7 +97,6 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
         return {"pixel_fractions": pixels / pixels.sum()}
 
     def training(self, seed: int, cached: Sequence[CachedField] = ()) -> SegmentationSamples:
-        """Random crops of the train images, with the given cached teacher outputs."""
         section = self.section
         return SegmentationSamples(
             self.train, size=section.size, crop=section.crop, augment=section.augment, seed=seed,
@@ -122,12 +119,7 @@ class SegmentationDataset(ImageDataset[LabelMapSplit]):
 
 
 def open_maps(section: SegmentationSection) -> SegmentationDataset:
-    """Open a dataset of label maps; read and check every file of a small split.
-
-    Raises:
-        UserError: A file cannot be opened or is corrupt, or an image and its label map differ in
-            size.
-    """
+    """Open a dataset of label maps; read and check every file of a small split."""
     opened = SegmentationDataset(section, *_splits(section))
     opened.training(0)  # checks the options before any file is read
     if section.layout != "coco":  # `open_annotated` has checked the images; maps are drawn

@@ -64,7 +64,6 @@ class SegmentationEvaluation(Evaluation):
         return Table("By class", header, (tuple(lines),), notes)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Figures of IoU by class and, for a single run, of the confusion matrix."""
         yield "class_iou", self.iou_figure()
         if len(self.runs) == 1:
             yield "confusions", self.confusion_figure()
@@ -95,7 +94,6 @@ class SegmentationEvaluation(Evaluation):
         return figure
 
     def details(self, name: str) -> dict[str, Any]:
-        """Metrics of each class, for `metrics.json`."""
         names = self.names
         rows = [
             {"name": names[row.label], "pixels": row.fraction, "IoU": row.iou,
@@ -133,7 +131,6 @@ class SegmentationResults(ImageResults):
         return overlay_figure(image, {"truth": truth, **own}, data.class_names)
 
     def at_scales(self, model: nn.Module, scales: Sequence[float], *, mirror: bool) -> nn.Module:
-        """Wrap a model to average its scores over scales and, if `mirror`, mirrored images."""
         return MultiScale(model, scales, mirror=mirror)
 
     def usual_size(self, data: SegmentationDataset) -> tuple[int, int]:

@@ -30,8 +30,8 @@ Counts = NDArray[np.int64]
 def confusion(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     """Count pixels by true class (rows) and predicted class (columns), (C, C) int64.
 
-    `predicted` has class ids 0..C-1 in any shape; `truth` has the same shape and may contain
-    `VOID`, which is not counted.
+    `predicted` has class ids 0..C-1 in any shape. `truth` has the same shape and may contain
+    `VOID`, which is ignored.
     """
     known = truth != VOID
     pairs = truth[known].long() * num_classes + predicted[known].long()
@@ -100,13 +100,7 @@ def pixels(records: Records) -> Pixels:
 def number_of(name: str, found: Pixels, records: Records) -> Float:
     """Compute a metric on each of R sets of images, (R,); NaN where undefined.
 
-    Args:
-        name: One of `ROWS`, or `iou/<class>`.
-        found: Pixel counts of the R sets.
-        records: Records that contain the class names.
-
-    Raises:
-        UserError: The metric or class is unknown.
+    `name` is one of `ROWS` or `iou/<class>`; `found` has the pixel counts of the R sets.
     """
     if name == "pixel_accuracy":
         return np.asarray(found.right.sum(axis=1) / found.true.sum(axis=1))
@@ -134,7 +128,7 @@ class ClassRow(NamedTuple):
 def per_class(records: Records, *, instead: int = 2) -> list[ClassRow]:
     """Metrics of each class in ground truth or predictions, most frequent class first.
 
-    Each row lists up to `instead` other classes that were predicted for the class's pixels.
+    Each row lists up to `instead` classes that were wrongly predicted most often.
     """
     confusion = records["confusion"].sum(axis=0)
     true, predicted, right = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)

@@ -37,7 +37,6 @@ class SegmentationProblem(ImageProblem[SegmentationDataset]):
     def inference(
         self, task: str, section: SegmentationSection, class_names: Sequence[str]
     ) -> Inference:
-        """Build the inference of segmentation models, which run on whole images."""
         return SegmentationInference(class_names, section.size)
 
 

@@ -52,14 +52,12 @@ class Segmentation(Task):
     pixel_fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check that options are in range."""
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if not 0 <= self.class_weights <= 1:
             raise UserError(f"class_weights must be in 0..1, got {self.class_weights}")
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised images, (N, 3, H, W)."""
         return (normalise(batch["images"]),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
@@ -135,7 +133,6 @@ class Segmentation(Task):
         return on_grid(output["logits"].float(), (height, width)).argmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Build the metric: mean IoU and pixel accuracies."""
         return MeanIoU(len(classes.names), where=classes.where)
 
 
