@@ -39,9 +39,9 @@ from kd.registry import is_foreign, load_target
 from kd.storage.fields import CachedField
 from kd.utils.images import read_image
 
-READ_FIRST = 128 << 20  # splits of at most so many bytes are checked on opening (5 seconds)
+READ_FIRST = 128 << 20  # splits up to this size, bytes, are fully checked on opening (5 seconds)
 COUNTED = 1000  # largest number of train images that dataset statistics are computed on
-HASHED_FILES = 4096  # about so many files of a split are hashed, evenly spread over it
+HASHED_FILES = 4096  # approximate number of evenly spaced files of a split to hash
 
 
 class ImageSplit(Protocol):
@@ -82,7 +82,7 @@ class ImageDataset(SplitDataset[S]):
 
 
 def is_small(split: ImageSplit) -> bool:
-    """Return True if a split's images, at most `READ_FIRST` bytes, can be read in seconds."""
+    """Return True if a split's image files have at most `READ_FIRST` bytes in total."""
     return sum(path.stat().st_size for path in split.images) <= READ_FIRST
 
 
@@ -91,7 +91,8 @@ def open_layout(
 ) -> tuple[S, S]:
     """Open both splits of a dataset in a published layout or a custom `package.module:attribute`.
 
-    `open_split` opens a split of a published layout, called as (layout, root, split, *options).
+    `open_split` is called as (layout, root, split, *options), a custom function as (root, split,
+    *options).
     """
     root = root_of(section, holds=layout_holds(layout, str(section.train)))
     own: Callable[..., S] = (
@@ -249,4 +250,4 @@ class ImageResults(Results):
     def overlay(
         self, data: Any, place: int, image: Tensor, predicted: Mapping[str, Tensor]
     ) -> Figure:
-        """Draw ground truth and predictions over val image `place`, (3, H, W) uint8."""
+        """Draw ground truth and predictions over val image number `place`, (3, H, W) uint8."""

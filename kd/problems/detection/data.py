@@ -149,15 +149,12 @@ class DetectionDataset(AnnotatedDataset):
         return truth, kitti_truth(truth) if self.section.layout == "kitti" else None
 
     def prior(self, images: Collection[int] | None = None) -> npt.NDArray[np.float64]:
-        """Class fractions of train objects, (C,), with add-one smoothing.
-
-        `images` restricts the count to the objects on the train images with these ids.
-        """
+        """Class fractions (C,) of train objects on `images` (ids; None: all), add-one smoothed."""
         rows, _ = objects_on(self.train, images)
         return smoothed(np.bincount(self.train.labels[rows], minlength=self.num_classes))
 
     def samples(self, split: Split, **options: Any) -> DetectionSamples:
-        """Samples of a split; `options` override the data section's arguments."""
+        """Samples of a split; `options` override settings of the data section."""
         section = self.section
         if not section.images:
             raise UserError(

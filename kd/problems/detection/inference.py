@@ -64,7 +64,7 @@ RAW = ("class_maps", "box_maps", "centre_maps")  # outputs of a detector before 
 
 
 class DetectionGraph(ExportGraph):
-    """Detector for export, with normalisation and suppression, on square images of side `size`."""
+    """Detector for export, with normalisation and NMS, on square images of side `size` pixels."""
 
     inputs: ClassVar[Mapping[str, str]] = {
         "images": "uint8 RGB (N, 3, S, S); scaled to a long side of S, 0 below and on the right",

@@ -101,7 +101,7 @@ class FoundBoxes(PerImage[Array]):
         found = np.concatenate([np.zeros((0, 6), np.float32), *rows])
         image = np.repeat(np.arange(len(ids)), np.array([len(part) for part in rows], np.int64))
         chosen = seen[truth.boxes.image]
-        position = np.cumsum(seen) - 1  # of each true image among the scored ones
+        position = np.cumsum(seen) - 1  # ground-truth image index -> index among scored images
         if kitti is not None:
             own = {name: getattr(kitti, name)[chosen]
                    for name in ("truncated", "occluded", "neighbour", "region")}  # fmt: skip

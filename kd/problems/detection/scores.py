@@ -227,7 +227,7 @@ AR = "AR100"
 RECALLS = {"AR1": ("all", 1), "AR10": ("all", 10), AR: ("all", 100), "AR_small": ("small", 100),
            "AR_medium": ("medium", 100), "AR_large": ("large", 100)}  # fmt: skip
 VOC: dict[str, Points] = {"VOC07_mAP": "11", "VOC_mAP": "area"}
-CONFUSABLE = "confusable_"  # prefix: means over the classes that have confusable ones
+CONFUSABLE = "confusable_"  # prefix of means over only the classes in a confusable group
 _KITTI = re.compile(rf"KITTI(11)?_({'|'.join(DIFFICULTIES)})")
 KITTI = tuple(f"KITTI_{name}" for name in DIFFICULTIES)
 ROWS = (*COCO, AR, f"{CONFUSABLE}AP50", *KITTI)
@@ -253,7 +253,7 @@ def value(records: Records, name: str) -> float | None:
 
 
 def interval(records: Records, name: str) -> Interval | None:
-    """Metric with its 95 % interval; None if undefined or KITTI's (too slow to bootstrap)."""
+    """Metric with its 95 % interval; None if undefined, or for KITTI (too slow to bootstrap)."""
     known = _RecordsKey(records)
     mean = float(_number(known, name, drawn=False)[0])
     if np.isnan(mean) or _KITTI.match(name):
@@ -287,7 +287,7 @@ class BoxRow(NamedTuple):
 
     label: int
     objects: int
-    numbers: dict[str, float]  # by name of `COCO`, without sizes of which the class has no object
+    numbers: dict[str, float]  # metric name in `COCO` -> value; undefined metrics are missing
 
 
 def per_class(records: Records) -> list[BoxRow]:

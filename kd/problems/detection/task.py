@@ -106,7 +106,7 @@ class Detection(Task):
         * `imitation`, bool: cells with an anchor near a box of the level; see `imitation_mask`.
         * `inside`, bool: cells whose centre is in a box of the level, or that contain a box centre.
         * `whole` and `valid`, bool: cells inside the image. `valid` also works at other strides.
-        * `ring`, float: fraction of a cell near, but outside, any box of the image.
+        * `ring`, float: fraction of each cell that is near a box but outside all boxes.
 
         `assigned` defines which boxes belong to a level.
         """
@@ -252,7 +252,7 @@ def assigned(boxes: Tensor, levels: tuple[Level, ...]) -> Tensor:
     """Assign each box (M, 4), xyxy pixels, to the level with the most similar anchor shape.
 
     That is the level with the largest IoU between the box and an anchor with the same centre; ties
-    go to the first level. Returns level indices, (M,) int64.
+    go to the first level, which should be the finest. Returns level indices, (M,) int64.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0)
     best = []

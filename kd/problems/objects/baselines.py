@@ -74,7 +74,7 @@ def references(data: ObjectsDataset, records: Records) -> dict[str, Records]:
 
 
 def on_data(data: ObjectsDataset, records: Records, where: str) -> Records:
-    """Check that a run's objects are in the dataset's val split; return records with `visible`."""
+    """Check that a run's objects belong to the dataset's val split; add the array `visible`."""
     val = data.val
     order = np.argsort(val.object_ids, kind="stable")
     place = np.searchsorted(val.object_ids, records["object_ids"], sorter=order)

@@ -55,8 +55,7 @@ Ids = Collection[int] | NDArray[np.int64]
 class AnnotatedSamples(Dataset[Sample]):
     """Base class of samples of annotated images, indexed by (epoch, position).
 
-    `docs/batch.md` lists the entries of a sample. A sample depends only on epoch, position and
-    seed.
+    A sample depends only on epoch, position and seed; `docs/batch.md` lists its entries.
 
     Args:
         index: Images and annotations of the split.
@@ -127,15 +126,14 @@ class ObjectSamples(AnnotatedSamples):
     Args:
         index: Images and annotations of the split.
         size: Side of the square frame, pixels.
-        mode: `one`: hide one usable object, chosen at random in each epoch; `all`: hide each in
-            turn.
+        mode: `one`: hide one usable object, random in each epoch; `all`: hide each in turn.
         train: True: augment and follow schedules. False: every epoch is the same.
         augment: Options of `kd.transforms.augment.Augment`; None: no augmentation.
         min_fraction: Smallest usable box area, as a fraction of the image.
         max_fraction: Largest usable box area, as a fraction of the image.
         shape: Shape of hidden regions; `segment` adds exact masks to the samples.
-        partial: Hidden fraction of a region at the start of training, and the progress (0..1) at
-            which the whole region is hidden; None: always the whole region.
+        partial: Hidden fraction of a region at the start of training, and the training progress
+            (0..1) from which the whole region is hidden; None: always the whole region.
         hide_several: Fraction of the other objects also hidden, at the start and end of training;
             None: no other object is hidden.
         read_images: False: replace all images by grey ones without reading the files.
@@ -292,14 +290,14 @@ class ObjectsDataset(AnnotatedDataset):
         return problem("objects")
 
     def class_info(self) -> Classes:
-        """Class names, class prior, confusable groups, and a counter of visible objects."""
+        """Class names and prior, confusable groups, and a function to count visible objects."""
         return Classes(
             self.class_names, self.prior(), self.val.confusable_groups,
             partial(visible_objects, self.val), self.section.name,
         )  # fmt: skip
 
     def samples(self, split: Split, **options: Any) -> ObjectSamples:
-        """Samples of a split; `options` override the data section's arguments."""
+        """Samples of a split; `options` override settings of the data section."""
         section, partial, several = self.section, self.section.partial, self.section.hide_several
         same = ("size", "augment", "min_fraction", "max_fraction", "shape", "repeat_labelled")
         own = {
@@ -314,17 +312,17 @@ class ObjectsDataset(AnnotatedDataset):
         return ObjectSamples(self.split(split), **{**own, **options})
 
     def seen_as(self, seen: ObjectsSection, **changes: Any) -> ObjectsDataset:
-        """Return a copy with a teacher's image size and hidden shape, and further `changes`."""
+        """Copy the dataset with a teacher's image size and hidden shape, and other `changes`."""
         update = {"size": seen.size, "shape": seen.shape, **changes}
         return replace(self, section=self.section.model_copy(update=update))
 
     def evaluated_on(self, val: CocoIndex) -> ObjectsDataset:
-        """Return a copy with a different val split, in which objects of any size are scored."""
+        """Copy the dataset with a different val split, in which objects of any size are scored."""
         update = {"min_fraction": 0.0, "max_fraction": 1.0, "prepared": None}
         return replace(self, section=self.section.model_copy(update=update), val=val)
 
     def prior(self, images: Collection[int] | None = None) -> NDArray[np.float64]:
-        """Class fractions of the usable train objects, (C,), with add-one smoothing."""
+        """Class fractions (C,) of usable train objects on `images` (ids; None: all), smoothed."""
         return smoothed(self.train_counts(images))
 
     def train_counts(self, images: Collection[int] | None = None) -> NDArray[np.int64]:

@@ -28,13 +28,13 @@ def hidden_scene_figure(
     image: Tensor, box: Tensor | Sequence[float], truth: str, beliefs: Mapping[str, Tensor],
     names: Sequence[str], *, size: tuple[int, int] | None = None, top: int = 5,
 ) -> Figure:  # fmt: skip
-    """Draw the scene with the object covered, the object, and each model's top classes as bars.
+    """Draw the scene with an object covered, the object itself, and each model's top classes.
 
     Args:
         image: (3, H, W) uint8, with the object visible.
         box: xyxy pixels of the hidden object.
         truth: The object's class name.
-        beliefs: Model name -> class probabilities (C,).
+        beliefs: Model name -> class probabilities (C,), drawn as bars.
         names: C class names.
         size: Height and width of the image without padding; None: (H, W).
         top: Number of most probable classes to draw.

@@ -41,14 +41,13 @@ _PRIOR_FLOOR = 1e-8
 class TopN:
     """Collects class log-probabilities of objects; computes top-n accuracy and related metrics.
 
-    A tie with another class counts against the model. Objects repeated by a sampler are scored
-    once.
+    A tie with another class counts against the model. Repeated objects are scored once.
 
     Args:
         num_classes: C.
         prior: Class fractions of the training labels, (C,); adds metrics `prior_...`.
         confusable: For each class, its group of confusable classes, or None.
-        visible: Returns the number of other objects in the image of each image id, (K,).
+        visible: Maps image ids (K,) to the number of other objects in each image, (K,).
         where: Prefix of error messages, such as the name of a run or dataset.
 
     Raises:
@@ -194,7 +193,7 @@ def with_predictions(
 
 
 def check(records: Records, where: str) -> None:
-    """Raise a UserError, prefixed with `where`, if records are malformed or not normalised."""
+    """Raise a UserError, prefixed with `where`, if records are invalid or not normalised."""
     check_arrays(records, REQUIRED, where)
     scores, labels = records["log_probs"], records["labels"]
     by_object = [name for name in (*REQUIRED, "visible") if name in records]

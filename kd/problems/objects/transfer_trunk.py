@@ -1,8 +1,7 @@
 """Students built on the trunk of a context teacher.
 
-In a recipe, `student: {name: transferred, options: {weights: RUN}}` uses the trunk of the teacher
-trained in RUN. The option `like: RUN` takes only the architecture from RUN, for use with other
-weights.
+In a recipe, `student: {name: transferred, options: {weights: RUN}}` builds and loads the trunk of
+RUN's teacher. With the option `like: RUN`, only the architecture is taken from RUN.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def _load_part(teacher: nn.Module, trunk: nn.Module, weights: Path) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Return True for a run folder or a file in one."""
+    """Return True if the path is a run folder or a file in one."""
     if not path.exists():
         raise UserError(f"student transferred: {path}: no such run folder or file of weights")
     return path.is_dir() or (path.parent / "config.yaml").is_file()

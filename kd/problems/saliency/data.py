@@ -34,9 +34,9 @@ from kd.storage.fields import CachedField
 from kd.transforms.crops import Crop, build_flips
 from kd.utils.images import file_size, scaled_size
 
-NEGATIVES = 20_000  # fixations on other images for shuffled AUC, if the split has so many
+NEGATIVES = 20_000  # least number of fixations on other images for shuffled AUC, if available
 REFERENCE_IMAGES = 300  # largest number of val images that the references are scored on
-RANDOM_OBSERVERS = 10  # fixations are assigned to so many observers if these are unknown
+RANDOM_OBSERVERS = 10  # number of simulated observers if the dataset does not identify them
 _STREAM = 12  # separates these random numbers from all others
 
 
@@ -148,7 +148,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def _negatives(self) -> tuple[Tensor, Tensor]:
-        """Sample fixations from all val images, as negatives for shuffled AUC.
+        """Sample at least `NEGATIVES` fixations, or all, from random val images for shuffled AUC.
 
         Returns relative x, y positions (J, 2), and for each the position of its image in the split.
         """

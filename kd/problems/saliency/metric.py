@@ -64,7 +64,7 @@ class SaliencyMaps(PerImage[dict[str, float]]):
                 raise UserError(f"{self._where}: image {number}: {error}") from None
 
     def compute(self) -> dict[str, float]:
-        """Mean of each metric over the images where it is defined, and `count`, all images."""
+        """Mean of each metric over the images that define it, and `count`, the number of images."""
         records = self._own()
         found = {name: value(records, name) for name in ROWS}
         numbers = {name: number for name, number in found.items() if number is not None}
@@ -109,7 +109,7 @@ def records_of(rows: dict[int, dict[str, float]]) -> dict[str, Array]:
 
 
 def number_of(name: str, records: Records) -> Float:
-    """Values of a metric for each image, (N,), NaN where undefined; UserError if unknown."""
+    """Values of the metric `name` for each image, (N,); NaN where undefined."""
     if name not in ROWS:
         raise UserError(f"metric {name!r}: unknown; there are {', '.join(ROWS)}")
     return np.asarray(records[name], np.float64)
@@ -151,7 +151,7 @@ def check(records: Records, where: str) -> None:
 
 
 def check_same_truth(records: Records, other: Records, pair: str) -> None:
-    """Raise a UserError if the ground truth of two runs differs; `pair` begins the message."""
+    """Raise a UserError, prefixed with `pair`, if two runs differ in ground truth."""
     differences = {
         "fixation_counts": ("fixations", "they were evaluated on different data"),
         "other_counts": ("fixations of other images (sAUC)", "the val splits differ"),

@@ -12,7 +12,7 @@ from kd.registry import Entry
 
 
 class SegmentationSection(LayoutSection):
-    """Images with a label map each, in a published layout or drawn from COCO-format segments."""
+    """Images with label maps, in a published layout or drawn from COCO-format segments."""
 
     layouts_of = "segmentation"
 
