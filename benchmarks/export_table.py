@@ -1,6 +1,6 @@
 """Export every shipped student after a short training, and compare each file with its model.
 
-    python benchmarks/export_table.py OUT [--recipe NAME ...] [--epochs 8]
+    python benchmarks/export_table.py [OUT] [--recipe NAME ...] [--epochs 8]
 
 Each recipe of configs/distill is trained without teacher on the embedded scenes (64 pixels, one
 seed; classifiers with and without the context head), exported to ONNX and with torch.export, and
@@ -96,7 +96,7 @@ def rows_of(name: str, run: Path, out: Path) -> list[list[str]]:
 def main() -> int:
     """Measure what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/export_table"))
     parser.add_argument("--recipe", nargs="+", default=list(known_configs("distill")))
     parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
