@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
+import kd
 from kd import cache, compare, demo, distill, evaluate, train_teacher
 from kd.cli import run_command
 from kd.engine.checkpoint import load_checkpoint
@@ -72,6 +73,21 @@ def test_torchdistill_is_imported_only_for_its_own_losses(
         assert ran.returncode == 0, ran.stderr
         imported.append("torchdistill" in ran.stdout.split())
     assert imported == [False, True]
+
+
+def test_the_distilled_variant_is_what_is_shipped(
+    distilled: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """It is loaded by default, without adapters, and when neither teacher nor data are there."""
+    model = kd.load(distilled)
+    assert model.config["variant"] == "distilled" and model.class_names[0] == "ball"
+    plain = kd.load(distilled, variant="plain", seed=model.config["seed"])
+    assert model.model.state_dict().keys() == plain.model.state_dict().keys()
+    card = (distilled / "README.md").read_text()
+    assert f"`{teacher}`" in card and "distilled - plain" in card
+    alone = model.save(tmp_path / "student.safetensors")
+    assert load_file(alone).keys() == plain.model.state_dict().keys()
+    assert kd.load(alone).config["variant"] == "distilled"
 
 
 def tags(folder: Path) -> dict[str, set[str]]:
