@@ -32,7 +32,7 @@ def block(inputs: int, outputs: int, side: int = 1) -> nn.Sequential:
 
 
 class GridMean(nn.AdaptiveAvgPool2d):
-    """Average pooling to a grid; exported graphs keep it valid for images of any size."""
+    """Average pooling to a grid that, in exported graphs, stays valid for images of any size."""
 
     def __init__(self, side: int) -> None:
         super().__init__(side)
@@ -47,7 +47,7 @@ class GridMean(nn.AdaptiveAvgPool2d):
 
 
 def _cell_means(side: int, maps: Tensor, dim: int) -> Tensor:
-    """Weights (side, L) of the means that adaptive pooling takes over a dimension of length L."""
+    """Compute the weights (side, L) of adaptive average pooling over a dimension of length L."""
     length = maps.shape[dim]
     cell, place = (torch.arange(count, device=maps.device) for count in (side, length))
     first = cell * length // side
@@ -60,8 +60,7 @@ class PyramidPooling(nn.Module):
     """Average pooling to several coarse grids, concatenated with the input and reduced.
 
     `bins` are the numbers of cells along each side of these grids. With a grid of one cell,
-    training needs at least two images per batch, because batch norm cannot normalise a single
-    value.
+    training needs at least two images per batch because of batch norm.
     """
 
     def __init__(self, channels: int, width: int, *, bins: Sequence[int], dropout: float) -> None:
@@ -81,12 +80,9 @@ class PyramidPooling(nn.Module):
 
 
 class PSPNet(nn.Module):
-    """A trunk, pyramid pooling and a classifier.
+    """Trunk, pyramid pooling, classifier and optional auxiliary classifier on an earlier map.
 
-    In training there is by option an auxiliary classifier on an earlier feature map.
-
-    Attributes:
-        stride: Pixels per cell of the logits.
+    `stride` is the number of pixels per cell of the logits.
     """
 
     def __init__(
@@ -114,11 +110,10 @@ class PSPNet(nn.Module):
             )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalised images (N, 3, H, W) to logits.
+        """Map normalised images (N, 3, H, W) to `logits` (N, C, H/stride, W/stride).
 
-        Returns:
-            `logits` (N, C, H/stride, W/stride). In training, with an auxiliary classifier, also
-            `auxiliary` (N, C, h, w), logits on the grid of the earlier map.
+        In training with an auxiliary classifier, also return its logits `auxiliary` (N, C, h, w),
+        on the grid of the earlier map.
         """
         if not self.training or self.auxiliary is None:
             return {"logits": self.classifier(self.pyramid(self.trunk(images)))}
@@ -177,12 +172,10 @@ STRIDES = {"deeplabv3_mobilenet_v3_large": 16}
 
 
 class PublishedNet(nn.Module):
-    """A segmentation network of torchvision without the final up-sampling to the image's size.
+    """A torchvision segmentation network without the final up-sampling to the image's size.
 
-    The children have the same names as in torchvision, so that its weight files can be loaded.
-
-    Attributes:
-        stride: Pixels per cell of the logits.
+    The children are named as in torchvision, so that its weight files can be loaded. `stride` is
+    the number of pixels per cell of the logits.
     """
 
     def __init__(self, network: nn.Module, *, stride: int) -> None:
@@ -193,11 +186,10 @@ class PublishedNet(nn.Module):
         self.aux_classifier = parts.get("aux_classifier")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map normalised images (N, 3, H, W) to logits.
+        """Map normalised images (N, 3, H, W) to `logits` (N, C, H/stride, W/stride).
 
-        Returns:
-            `logits` (N, C, H/stride, W/stride). In training, with an auxiliary classifier, also
-            `auxiliary` (N, C, h, w), logits on the same grid, or on a finer one for MobileNet.
+        In training with an auxiliary classifier, also return its logits `auxiliary` (N, C, h, w).
+        Their grid is the same, except for MobileNet, where it is finer.
         """
         maps = self.backbone(images)
         # LR-ASPP's classifier takes the dict of both maps, which has no "out".
@@ -215,15 +207,13 @@ def torchvision_net(
     auxiliary: bool = False,
     file: str | None = None,
 ) -> PublishedNet:
-    """Build a segmentation network of torchvision.
-
-    To train DeepLab, a batch must have at least two images.
+    """Build a torchvision segmentation network; DeepLab trains on 2 or more images per batch.
 
     Args:
         num_classes: Number of classes, C.
         name: deeplabv3_*, fcn_* or lraspp_*, see `NAMES`.
-        weights: Weights of the backbone: "imagenet" for torchvision's, downloaded into torch's hub
-            cache; a file with weights of the same network; or null for random weights.
+        weights: Weights of the backbone: "imagenet" to download torchvision's, a file with weights
+            of the same backbone, or None for random weights.
         auxiliary: Whether to train an auxiliary classifier on an earlier map; not for LR-ASPP.
         file: File with weights of the whole network, see `kd.nn.weights.load_network`. `weights` is
             then ignored.
@@ -254,17 +244,14 @@ MULTIPLE = 16  # height and width of rescaled images are rounded to multiples of
 
 
 class MultiScale(nn.Module):
-    """Average a network's class distributions over rescaled and mirrored copies of the images.
+    """Average a network's class probabilities over rescaled and mirrored copies of the images.
 
     Args:
         model: Network that maps images (N, 3, H, W) to logits (N, C, h, w), or to a dict with
             `logits`.
-        scales: Factors by which height and width are multiplied. The rescaled sides are rounded to
-            multiples of 16 pixels.
+        scales: Different factors for height and width. Rescaled sides are rounded to multiples of
+            16 pixels.
         mirror: Whether to evaluate each scale on the mirrored images, too.
-
-    Raises:
-        UserError: There is no scale, a scale is not above 0, or a scale is given twice.
     """
 
     def __init__(
@@ -280,10 +267,9 @@ class MultiScale(nn.Module):
         self.scales = tuple(sorted(scales, key=lambda scale: abs(scale - 1)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map images (N, 3, H, W) to the logarithm of the mean class distribution.
+        """Map images (N, 3, H, W) to `logits` (N, C, h, w), the log of the mean probabilities.
 
-        Returns:
-            `logits` (N, C, h, w), on the grid that the network has for images at scale 1.
+        The grid is the one that the network's output has at scale 1.
         """
         total: Tensor | None = None
         grid: tuple[int, int] | None = None
@@ -307,7 +293,7 @@ class MultiScale(nn.Module):
 
 
 def _sides(images: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width of rescaled images; at scale 1 they are not rounded."""
+    """Compute height and width of rescaled images; at scale 1 they are not rounded."""
     height, width = images.shape[-2:]
     if scale == 1:
         return height, width
@@ -316,13 +302,7 @@ def _sides(images: Tensor, scale: float) -> tuple[int, int]:
 
 
 def _grid(images: Tensor, seen: Tensor, logits: Tensor) -> tuple[int, int]:
-    """Infer height and width of the logits at scale 1.
-
-    Args:
-        images: The images at scale 1.
-        seen: The rescaled images.
-        logits: The network's output for the rescaled images.
-    """
+    """Infer the logits' height and width at scale 1 from those of the rescaled images `seen`."""
     own, scaled, out = (part.shape[-2:] for part in (images, seen, logits))
     height, width = (max(1, round(own[side] * out[side] / scaled[side])) for side in (0, 1))
     return height, width

@@ -1,8 +1,8 @@
-"""CenterNet on any trunk, a detector that finds objects as the centres of their boxes.
+"""CenterNet on any trunk: a detector that finds objects as the centres of their boxes.
 
-Zhou et al., 2019, https://arxiv.org/abs/1904.07850. For each class there is a heat map with peaks
-at the centres of objects. Two other maps predict, in each cell, the width and height of the box and
-the offset of the box's centre within the cell.
+Zhou et al., 2019, https://arxiv.org/abs/1904.07850. Each class has a heat map with peaks at the
+centres of objects. Two other maps predict width and height of the box, and the offset of the box's
+centre within the cell.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ STRIDE = 4  # pixels per cell
 def decode_centers(
     output: Mapping[str, Tensor], *, top: int = 100, sizes: Tensor | None = None
 ) -> Tensor:
-    """Decode the maps of CenterNet to boxes, one box for each of the K highest peaks.
+    """Decode CenterNet's maps to boxes, one for each of the K highest peaks.
 
-    A cell is a peak if its score is the largest in the 3x3 cells around it; this replaces the
-    suppression of overlapping boxes. As in the published code, every cell of a plateau is a peak.
-    Peaks with equal scores are ordered by class, then row, then column; if not all of them are
-    among the K highest, it is undefined which of them are. A cell with NaN and the cells next to it
-    are not peaks.
+    A peak is a cell with the largest score in the 3x3 cells around it, which replaces non-maximum
+    suppression. Every cell of a plateau is a peak, as in the published code. Peaks with equal
+    scores are ordered by class, row and column. Cells with NaN and their neighbours are not peaks.
 
     Args:
         output: `heatmap` (N, C, h, w), logits; `size` and `offset` (N, 2, h, w), in cells.
         top: Number of detections per image, K.
-        sizes: Height and width of the images without padding, (N, 2); boxes are clipped to these.
+        sizes: Height and width of the images without padding, (N, 2), to which boxes are clipped.
 
     Returns:
-        (N, K, 6), best first: xyxy box in pixels, score in 0..1, label. Boxes without an area are
-        left out. If an image has fewer than K detections, the remaining rows are 0.
+        (N, K, 6), best first: xyxy box in pixels, score in 0..1, label. Boxes without area are left
+        out, and unused rows are 0.
     """
     heat = output["heatmap"]
     classes, height, width = heat.shape[1:]
@@ -85,10 +83,7 @@ HEAT_BIAS = -2.19  # initial bias of the heat map, a probability of 0.1 in every
 
 
 def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
-    """Initialise a transposed convolution to bilinear up-sampling by 2, in place.
-
-    The convolution must have a kernel of 4 x 4, stride 2 and padding 1.
-    """
+    """Initialise a 4x4 transposed convolution of stride 2 to bilinear up-sampling, in place."""
     line = torch.tensor([0.25, 0.75, 0.75, 0.25])
     with torch.no_grad():
         convolution.weight.zero_()
@@ -100,7 +95,7 @@ def bilinear_(convolution: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
 class Finer(nn.Sequential):
     """Up-sampling by 2: a 3x3 and a transposed convolution, each with batch norm and ReLU.
 
-    For residual networks the paper uses a deformable 3x3 convolution, which few runtimes support.
+    The 3x3 convolution replaces the paper's deformable one, which few runtimes support.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -115,10 +110,9 @@ class Finer(nn.Sequential):
 
 
 def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) -> nn.Sequential:
-    """Build a head: a 3x3 convolution, ReLU, and a 1x1 convolution.
+    """Build a head: a 3x3 convolution, ReLU, and a 1x1 convolution with initial bias `start`.
 
-    `start` is the initial bias of the last layer. If it is None, the initial bias is 0 and the
-    initial weights of the last layer are close to 0.
+    If `start` is None, the last layer is initialised with bias 0 and weights close to 0.
     """
     last = nn.Conv2d(hidden, outputs, 1)
     if start is None:
@@ -131,9 +125,8 @@ def head(inputs: int, hidden: int, outputs: int, *, start: float | None = None) 
 class Fitted(nn.Module):
     """Crop or resize up-sampled features to the grid of the image.
 
-    Halving an odd side rounds up, so doubling it again gives one row or column too many, which is
-    cropped. Maps of trunks whose unpadded stem loses a border are too small and are resized. This
-    is a module, so that distillation terms can refer to the output by a layer path.
+    Halving an odd side rounds up, so up-sampled maps can be one row or column too large. Maps can
+    also be too small, if the trunk's unpadded stem loses a border.
     """
 
     def forward(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -142,11 +135,11 @@ class Fitted(nn.Module):
 
 
 class CenterNet(Detector):
-    """A trunk, up-sampling to a stride of 4, and three heads for heat map, size and offset.
+    """Trunk, up-sampling to a stride of 4, and three heads for heat map, size and offset.
 
     Attributes:
         stride: Pixels per cell of every output.
-        channels: Channels of the output `features.0`, which is the input of the heads.
+        channels: Channels of `features.0`, the input of the heads.
     """
 
     title = "CenterNet"
@@ -173,20 +166,20 @@ class CenterNet(Detector):
         self.offset = head(self.channels, hidden, 2)
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects on maps of ceil(H/4) x ceil(W/4) cells; cells in crowds have no loss.
+        """Compute features, head outputs and, depending on the mode, losses or detections.
 
-        Returns:
-            A dict of these outputs:
+        All maps have ceil(H/4) x ceil(W/4) cells. Cells in crowds have no loss. Returns a dict of
+        these outputs:
 
-            - `features.0` (N, D, h, w), the input of the heads;
-            - `class_maps.0` (N, C, h, w), logits that the centre of an object is in the cell;
-            - `box_maps.0` (N, 4, h, w): width and height of the box, and the offset of the box's
-              centre to the right and down from the upper left corner of the cell, all in cells;
-            - if `given` has boxes, `object_logits` (M, C), the class logits of the cell that
-              contains the centre of each box;
-            - in training the losses of `kd.losses.centernet`: `loss.heatmap`, divided by the number
-              of peaks, `loss.size` and `loss.offset`, means over the objects;
-            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
+        - `features.0` (N, D, h, w), the input of the heads;
+        - `class_maps.0` (N, C, h, w), logits that the centre of an object is in the cell;
+        - `box_maps.0` (N, 4, h, w), in cells: width and height of the box, and the offset of the
+          box's centre to the right and down from the upper left corner of the cell;
+        - `object_logits` (M, C), if `given` has boxes: class logits of the cell at each box's
+          centre;
+        - `loss.heatmap`, in training: loss of the heat map divided by the number of peaks;
+        - `loss.size` and `loss.offset`, in training: means over the objects;
+        - `detections` (N, K, 6), in evaluation if `given` has sizes.
         """
         images, sizes, boxes, labels, image_of, crowds, crowd_of, _ = given
         features, maps = self._maps(images)
@@ -217,7 +210,7 @@ class CenterNet(Detector):
         return output
 
     def _maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the features, and the maps of the heads under their names in the losses."""
+        """Compute the features, and the maps `heatmap`, `size` and `offset` of the heads."""
         grid = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
         features = self.fitted(self.up(self.trunk(images)), grid)
         return features, {
@@ -245,12 +238,7 @@ class CenterNetOptions(FreezableOptions):
 
 @with_options(CenterNetOptions)
 def centernet(num_classes: int, options: CenterNetOptions) -> CenterNet:
-    """Build CenterNet on any trunk; with resnet18 it has 14 M parameters.
-
-    Raises:
-        UserError: An option is out of range, the trunk cannot be built, the stride of the trunk is
-            not 4 times a power of two, or the file does not fit the network.
-    """
+    """Build CenterNet on a trunk whose stride is 4 times a power of two."""
     widths, hidden, top = options.widths, options.hidden, options.top
     at_least("centernet", num_classes=(num_classes, 1), hidden=(hidden, 1), top=(top, 1))
     if not widths or min(widths) < 1:

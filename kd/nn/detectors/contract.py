@@ -1,4 +1,4 @@
-"""The inputs and outputs that all detectors share, and their base class."""
+"""Base class of all detectors, with the inputs and outputs that detectors share."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ SECOND_STAGE = ("object_logits", "object_deltas")
 
 
 class Level(NamedTuple):
-    """Stride and anchors of one feature map on which a detector's heads work.
-
-    `kd.losses.anchor_grid` builds the anchors of the network from this.
+    """Stride and anchors of one of a detector's feature maps; losses rebuild the anchors from them.
 
     Attributes:
         stride: Pixels between cells.
-        sides: Width and height of the anchors in each cell, pixels; empty for a network without
-            anchors.
-        offset: Position of the anchors' centre in a cell, in strides. 0 is the upper left corner,
-            as in torchvision's detectors; up to half a pixel, this is the centre of the receptive
-            field. 0.5 is the middle of the cell, as in CenterNet.
+        sides: Width and height in pixels of each anchor in a cell; empty for anchor-free networks.
+        offset: Position of the anchors' centre in a cell, in strides: 0 is the upper left corner,
+            as in torchvision, and 0.5 is the middle of the cell, as in CenterNet.
     """
 
     stride: int
@@ -50,11 +46,10 @@ class Inputs(NamedTuple):
 class Detector(nn.Module):
     """Base class of all detectors.
 
-    In training the inputs `sizes`, `boxes`, `labels` and `image_of` are required, and the output
-    includes the losses, `loss.NAME`. In evaluation with `sizes` the output includes `detections`
-    (N, K, 6), best first: xyxy box, score, label. Without `sizes`, as for a teacher, the output has
-    raw maps only. If there are no boxes either, networks on a pyramid return only the features,
-    `features.0` and so on.
+    Training needs the inputs `sizes`, `boxes`, `labels` and `image_of`, and the output includes the
+    losses, `loss.NAME`. In evaluation with `sizes`, the output includes `detections` (N, K, 6),
+    best first: xyxy box, score, label. Without `sizes`, the output has only raw maps. Without boxes
+    either, pyramid networks return only the features, `features.0` and so on.
 
     Attributes:
         title: Name of the detector in error messages.
@@ -83,13 +78,9 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def _check(self, given: Inputs) -> None:
-        """Check that the inputs are complete and fit each other; crowds are not checked.
+        """Check that the inputs, except crowds, are complete and consistent.
 
-        Raises:
-            UserError: An input that training needs is missing, boxes are given without `image_of`,
-                or a shape or dtype is wrong. On the CPU also if a box is not finite or has no area,
-                or if a label or image index is out of range; on an accelerator these checks would
-                synchronise in every step.
+        Values are checked only on the CPU, since these checks would synchronise an accelerator.
         """
         what = self.title
         images, sizes, boxes, labels, image_of, _, _, near_boxes = given
@@ -145,14 +136,9 @@ class Detector(nn.Module):
 
 
 def order_by_image(image_of: Tensor, n: int) -> tuple[Tensor, list[int]]:
-    """Sort objects by image.
+    """Compute indices (M,) that sort objects by image, and the number of objects of each image.
 
-    Args:
-        image_of: Index of the image that contains each object, (M,).
-        n: Number of images.
-
-    Returns:
-        Indices (M,) that sort the objects by image, and the number of objects of each image.
+    `image_of` (M,) is the index, below n, of the image that contains each object.
     """
     return image_of.argsort(stable=True), image_of.bincount(minlength=n).tolist()
 
@@ -162,7 +148,7 @@ def targets_of(
 ) -> list[dict[str, Tensor]]:
     """Convert boxes (M, 4) and labels (M,) to torchvision's targets, one dict for each of n images.
 
-    `first` is torchvision's label of class 0, which is 1 for networks with a background class.
+    `first` is torchvision's label of class 0: 1 for networks with a background class, else 0.
     """
     order, counts = order_by_image(image_of, n)
     rows = zip(boxes[order].split(counts), (labels[order] + first).split(counts), strict=True)
@@ -170,7 +156,7 @@ def targets_of(
 
 
 def leveled(**maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Number the maps of each name by level, finest first, e.g. `features` to `features.0`."""
+    """Name the maps of each kind by level, finest first, e.g. `features.0` and `features.1`."""
     return {f"{name}.{level}": one for name, some in maps.items() for level, one in enumerate(some)}
 
 
@@ -182,14 +168,12 @@ def logits_at(
     image_of: Tensor,
     num_classes: int,
 ) -> Tensor:
-    """Select the class logits of the cell at each box's centre.
-
-    The cell is the one whose anchors have the centre nearest to the centre of the box.
+    """Select the class logits of the cell whose anchor centre is nearest to each box's centre.
 
     Args:
         maps: Class logits of each level, (N, A*C, h, w), for A anchors per cell.
         levels: Strides and anchor offsets of the levels.
-        chosen: Index of the level from which the logits for each box are taken, (M,) int64.
+        chosen: Index of the level to use for each box, (M,) int64.
         boxes: (M, 4) xyxy pixels.
         image_of: Index of the image that contains each box, (M,).
         num_classes: Number of classes, C.
@@ -213,10 +197,9 @@ def padded(found: Sequence[Mapping[str, Tensor]], top: int, *, first: int = 0) -
     """Convert torchvision's detections to one tensor (N, K, 6) float32, without a gradient.
 
     Args:
-        found: For each image torchvision's `boxes` (k, 4), `scores` (k,) and `labels` (k,), sorted
-            by score, best first.
-        top: Number of detections per image, K. If an image has more, the rest is dropped; if it has
-            fewer, the remaining rows are 0.
+        found: torchvision's `boxes` (k, 4), `scores` (k,) and `labels` (k,) of each image, best
+            first.
+        top: Rows per image, K. Further detections are dropped, and missing rows are 0.
         first: torchvision's label of class 0.
     """
     whole = found[0]["boxes"].new_zeros(len(found), top, 6, dtype=torch.float32)
@@ -242,20 +225,14 @@ _STEPS = 1 << 20  # number of values that a hashed number can have; exact in flo
 
 
 def moved_boxes(boxes: Tensor, frame: tuple[int, int]) -> Tensor:
-    """Compute a pseudo-random box near each box, which depends only on the box's coordinates.
+    """Compute a pseudo-random box near each of the boxes (M, 4), a function of coordinates only.
 
-    So student and teacher evaluate the same boxes in a step, and other boxes when augmentation has
-    shifted, flipped or scaled the image. The centre is shifted uniformly by up to `REACH` times
-    width and height, and the sides are multiplied or divided by up to `STRETCH`. The IoU with the
-    original box is at least 0.52 and 0.72 on average; a second stage is trained on regions with an
-    IoU of 0.5 and above.
+    Student and teacher thus evaluate the same boxes in a step. The centre is shifted uniformly by
+    up to `REACH` times width and height, and the sides are multiplied or divided by up to
+    `STRETCH`. The IoU with the original box is at least 0.52, and 0.72 on average.
 
-    Args:
-        boxes: (M, 4) xyxy pixels.
-        frame: Height and width to which the new boxes are clipped.
-
-    Returns:
-        (M, 4) of the same dtype, without a gradient.
+    The new boxes are clipped to `frame` (height and width), and have the same dtype as `boxes`
+    (xyxy pixels) and no gradient.
     """
     boxes = boxes.detach()
     across, down, wider, higher = _fractions(boxes).to(boxes.dtype).mul(2).sub(1).unbind(dim=1)
@@ -270,8 +247,8 @@ def moved_boxes(boxes: Tensor, frame: tuple[int, int]) -> Tensor:
 def _fractions(boxes: Tensor) -> Tensor:
     """Hash each box to four numbers in [0, 1), (M, 4) float32.
 
-    The hash is a weighted sum of the coordinates, squared, modulo a prime. It is computed in
-    integers, so that it is equal on all devices.
+    The hash is the squared weighted sum of the coordinates modulo a prime, computed in integers so
+    that all devices give the same result.
     """
     pixels = (boxes.float() * _GRAIN).round().long() % _PRIME
     factors = torch.tensor(_FACTORS, device=boxes.device)

@@ -1,7 +1,4 @@
-"""torchvision's RetinaNet and FCOS on padded batches, which predict objects in every grid cell.
-
-Heads, matching, losses and suppression are torchvision's code. Its resizing of images is not used.
-"""
+"""torchvision's RetinaNet and FCOS on padded batches, without torchvision's resizing of images."""
 
 from __future__ import annotations
 
@@ -85,12 +82,11 @@ class OneStage(Detector):
     """RetinaNet or FCOS with the interface of `Detector`.
 
     Attributes:
-        network: The detector of torchvision.
+        network: The torchvision detector.
         sides: A size for each level, by which `level_of` assigns boxes to levels.
-        map_names: For our name of each output of the heads, torchvision's name.
-        loss_names: For our name of each loss, torchvision's name.
-        takes_cells: Whether torchvision's `compute_loss` has an argument for the number of cells of
-            each level.
+        map_names: torchvision's name for each of the output names of this class.
+        loss_names: torchvision's name for each of the loss names of this class.
+        takes_cells: Whether torchvision's `compute_loss` needs the number of cells of each level.
     """
 
     map_names: ClassVar[Mapping[str, str]]
@@ -114,30 +110,23 @@ class OneStage(Detector):
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Find the level that is responsible for each of the boxes (M, 4).
-
-        Returns:
-            Index of the level, (M,).
-        """
+        """Find the pyramid level responsible for each of the boxes (M, 4); returns indices (M,)."""
         raise NotImplementedError
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects.
+        """Compute feature maps, head outputs and, depending on the mode, losses or detections.
 
-        Crowds are not used: as in torchvision, detections inside a crowd are trained as background.
+        Detections inside a crowd count as background, as in torchvision. Returns a dict of these
+        outputs, where L numbers the levels from 0, finest first:
 
-        Returns:
-            A dict of these outputs, where L numbers the levels from 0, finest first:
-
-            - `features.L` (N, D, h, w);
-            - `class_maps.L` (N, A*C, h, w), class logits;
-            - `box_maps.L` (N, 4 A, h, w), deltas of the anchors, or for FCOS distances in strides;
-            - for FCOS `centre_maps.L` (N, 1, h, w), centre-ness logits;
-            - if `given` has boxes, `object_logits` (M, C): the class logits of the cell nearest to
-              the centre of each box, on the level that `level_of` assigns to the box, averaged over
-              the anchors of the cell;
-            - in training the losses;
-            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
+        - `features.L` (N, D, h, w);
+        - `class_maps.L` (N, A*C, h, w), class logits;
+        - `box_maps.L` (N, 4 A, h, w), anchor deltas, or for FCOS distances in strides;
+        - `centre_maps.L` (N, 1, h, w), centre-ness logits, only for FCOS;
+        - `object_logits` (M, C), if `given` has boxes: class logits of the cell nearest to each
+          box's centre, on the level chosen by `level_of`, averaged over the anchors of the cell;
+        - the losses, in training;
+        - `detections` (N, K, 6), in evaluation if `given` has sizes.
         """
         images, sizes, boxes, labels, image_of, *_ = given
         network = self.network
@@ -175,13 +164,13 @@ class OneStage(Detector):
         return output | {"detections": padded(found, self.top)}
 
     def scores(self, heads: Mapping[str, Tensor]) -> Tensor:
-        """Scores of all classes for each anchor, (N, P, C), from torchvision's head outputs."""
+        """Compute class scores of each anchor, (N, P, C), from torchvision's head outputs."""
         return heads["cls_logits"].sigmoid()
 
     def _batched(
         self, images: Tensor, sizes: Tensor, heads: Mapping[str, Tensor], features: Sequence[Tensor]
     ) -> Tensor:
-        """Compute `detections` as torchvision does, without loops over images."""
+        """Compute the same `detections` as torchvision, without loops over images."""
         network, n = self.network, images.shape[0]
         frame = (images.shape[2], images.shape[3])
         [anchors] = network.anchor_generator(ImageList(images[:1], [frame]), list(features))
@@ -210,9 +199,9 @@ class OneStage(Detector):
 class RetinaNet(OneStage):
     """torchvision's RetinaNet.
 
-    The losses are `loss.classes`, a focal loss, and `loss.boxes`, the absolute differences of box
-    deltas. Both are summed over an image and divided by the number of anchors matched to objects in
-    the image, or by 1 if there are none; then they are averaged over the images.
+    The losses are `loss.classes` (focal loss) and `loss.boxes` (L1 loss of box deltas). Each is
+    summed over an image, divided by the number of anchors matched to objects in that image (at
+    least 1), and averaged over the images.
     """
 
     title = "RetinaNet"
@@ -222,13 +211,10 @@ class RetinaNet(OneStage):
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Find the level whose anchors are nearest in size to each of the boxes (M, 4).
+        """Find the level whose anchors are nearest in size to each of the boxes (M, 4), shape (M,).
 
-        `sides` has, for each level, the geometric mean of the anchors' sides. The size of a box is
-        the square root of its area; sizes are compared by their ratio.
-
-        Returns:
-            Index of the level, (M,).
+        The size of a box is the square root of its area, and sizes are compared by their ratio.
+        `sides` is the geometric mean of the anchor sides on each level.
         """
         own = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).log() / 2
         return (own[:, None] - own.new_tensor(sides).log()).abs().argmin(dim=1)
@@ -237,10 +223,10 @@ class RetinaNet(OneStage):
 class FCOS(OneStage):
     """torchvision's FCOS.
 
-    The losses are `loss.classes`, a focal loss, `loss.boxes`, 1 - generalised IoU, and
-    `loss.centres`, the cross-entropy of centre-ness. Each is summed over the batch and divided by
-    the number of cells in the batch that are matched to objects, or by 1 if there are none. Means
-    of several batches are weighted by their numbers of boxes.
+    The losses are `loss.classes` (focal loss), `loss.boxes` (1 - generalised IoU) and
+    `loss.centres` (cross-entropy of centre-ness). Each is summed over the batch and divided by the
+    number of cells matched to objects (at least 1). A mean over batches weights each batch by its
+    number of boxes.
     """
 
     title = "FCOS"
@@ -250,40 +236,29 @@ class FCOS(OneStage):
     takes_cells = True
 
     def scores(self, heads: Mapping[str, Tensor]) -> Tensor:
-        """Square roots of class probability times centre-ness, (N, P, C)."""
+        """Compute the square root of class probability times centre-ness, (N, P, C)."""
         return (heads["cls_logits"].sigmoid() * heads["bbox_ctrness"].sigmoid()).sqrt()
 
     @staticmethod
     def level_of(boxes: Tensor, sides: Sequence[float]) -> Tensor:
-        """Find the level that is responsible for each of the boxes (M, 4), by half the longer side.
+        """Find the level (M,) for each of the boxes (M, 4) by half the length of its longer side.
 
-        As in Tian et al., 2019, https://arxiv.org/abs/1904.01355, a level of stride s is for boxes
-        of which half the longer side is between 4 s and 8 s. The first level is also for smaller
-        boxes, the last level also for larger ones. `sides` are the strides of the levels.
-
-        Returns:
-            Index of the level, (M,).
+        A level of stride s is responsible for half sides between 4 s and 8 s (Tian et al., 2019,
+        https://arxiv.org/abs/1904.01355). The first level also covers smaller boxes, the last level
+        larger ones. `sides` are the strides of the levels.
         """
         reach = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1) / 2
         return (reach[:, None] >= 8 * reach.new_tensor(sides[:-1])).sum(dim=1)
 
 
 def _anchor_counts(rows: int, features: Sequence[Tensor]) -> list[int]:
-    """Number of anchors on each level; `rows` is the number of anchors on all levels."""
+    """Compute the number of anchors on each level from `rows`, the number on all levels."""
     cells = [one.shape[2:].numel() for one in features]
     return [rows // sum(cells) * count for count in cells]
 
 
 def _as_maps(dense: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-    """View torchvision's outputs for the anchors of all levels as one map per level.
-
-    Args:
-        dense: K values for each of P anchors, (N, P, K).
-        features: Feature map of each level, (N, D, h, w).
-
-    Returns:
-        For each level (N, A*K, h, w), with A anchors per cell.
-    """
+    """Split dense outputs (N, P, K) of P anchors into one map (N, A*K, h, w) per feature level."""
     parts = dense.split(_anchor_counts(dense.shape[1], features), dim=1)
     return [
         part.unflatten(1, (*one.shape[2:], -1)).flatten(3).permute(0, 3, 1, 2)
@@ -293,12 +268,7 @@ def _as_maps(dense: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 
 @with_options(RetinaNetOptions)
 def retinanet(num_classes: int, options: RetinaNetOptions) -> RetinaNet:
-    """Build RetinaNet on any trunk; torchvision's `retinanet_resnet50_fpn` by default.
-
-    Raises:
-        UserError: An option is out of range, the trunk cannot be built or does not have one of the
-            levels, or the file does not fit the network.
-    """
+    """Build RetinaNet on any trunk; torchvision's `retinanet_resnet50_fpn` by default."""
     pyramid = build_pyramid("retinanet", num_classes, options, candidates=(options.candidates, 1))
     scales = options.scales
     if scales is None:
@@ -319,12 +289,7 @@ def retinanet(num_classes: int, options: RetinaNetOptions) -> RetinaNet:
 
 @with_options(FCOSOptions)
 def fcos(num_classes: int, options: FCOSOptions) -> FCOS:
-    """Build FCOS on any trunk; torchvision's `fcos_resnet50_fpn` by default.
-
-    Raises:
-        UserError: An option is out of range, the trunk cannot be built or does not have one of the
-            levels, or the file does not fit the network.
-    """
+    """Build FCOS on any trunk; torchvision's `fcos_resnet50_fpn` by default."""
     channels, radius = options.channels, options.radius
     if channels < 64 or channels % 32 or radius <= 0:
         raise UserError(
