@@ -145,12 +145,7 @@ class PSPNetOptions(NetworkOptions):
 
 @with_options(PSPNetOptions)
 def pspnet(num_classes: int, options: PSPNetOptions) -> PSPNet:
-    """Build PSPNet on any trunk: 70 M parameters on resnet101, 13 M on resnet18.
-
-    Raises:
-        UserError: An option is out of range, the trunk cannot be built, or the file does not fit
-            the network.
-    """
+    """Build PSPNet on any trunk: 70 M parameters on resnet101, 13 M on resnet18."""
     bins, dropout, head = options.bins, options.dropout, options.head
     if not bins or min(bins) < 1:
         raise UserError(f"pspnet: bins must be 1 or more each, got {list(bins)}")

@@ -1,4 +1,4 @@
-"""A head that predicts the class of an object from its surroundings, as a second expert."""
+"""A head that predicts the class of an object from the surroundings of its box."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ _LEAST = 1e-2  # smallest area in cells over which surroundings are averaged
 def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
     """Sum a feature map over each box, with cells weighted by the fraction that the box covers.
 
-    The sums are computed from a summed-area table. Bilinear interpolation of this table within
-    cells makes the result exact. Each box takes 16 look-ups, whatever its size.
+    The sums are exact. They are computed from a summed-area table, with 16 look-ups per box.
 
     Args:
         features: (N, D, h, w).
@@ -41,10 +40,9 @@ def box_sums(features: Tensor, boxes: Tensor, image_of: Tensor) -> Tensor:
 
 
 def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Find entries of a cumulative sum whose weighted sum is the integral from `low` to `high`.
+    """Compute indices (K, 4) and weights (K, 4) that integrate from `low` to `high`.
 
-    Returns:
-        Indices (K, 4) into a cumulative sum that begins with 0, and the weights (K, 4).
+    The weighted sum of the entries of a cumulative sum that begins with 0 is the integral.
     """
     low, high = low.clamp(0, count), high.clamp(0, count)
     first, last = (end.floor().clamp(max=count - 1) for end in (low, high))
@@ -56,8 +54,8 @@ def _ends(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Around(nn.Module):
     """Average the maps of a pyramid over a ring around each box and over the image without the box.
 
-    The area that a box covers is left out of the averages, but the receptive field of cells outside
-    the box may reach into it.
+    Cells inside the box are excluded, but the receptive field of other cells may reach into the
+    box.
 
     Args:
         channels: Channels of every map.
@@ -79,8 +77,8 @@ class Around(nn.Module):
         """Compute the means over the surroundings of each box, and the box's position and size.
 
         Args:
-            maps: Feature maps (N, D, h, w), finest first. If there are more maps than strides, the
-                remaining maps are not used.
+            maps: Feature maps (N, D, h, w), finest first. Maps beyond the number of strides are not
+                used.
             boxes: (K, 4) xyxy pixels.
             image_of: Index of the image that contains each box, (K,).
             extents: Width and height of each image without padding, (N, 2).
@@ -108,17 +106,12 @@ class Around(nn.Module):
 class BoxContext(nn.Module):
     """Predict classes from the surroundings of boxes, and combine them with a detector's logits.
 
-    Let l be the detector's logits for a region, background first, and q the class distribution
-    given the surroundings of an object. If the surroundings are no evidence *whether* there is an
-    object, and appearance and surroundings are independent given the class,
-
-        p(y | region, scene) ~ p(y | region) * (q_y / prior_y)^a    for a class y
-        p(background | region, scene) ~ p(background | region)
-
-    that is, the combined logit is `l_y + a (log q_y - log prior_y)`, and the logit of the
-    background does not change. So the score of an object that does not fit its surroundings becomes
-    lower, and the score of an object that fits becomes higher. `kd.rescore` does the same to the
-    scores of a trained detector; here `a` is learned.
+    Let l be the detector's logits for a region, and q the class distribution predicted from the
+    surroundings. The combined logit of class y is `l_y + a (log q_y - log prior_y)`, and the
+    background logit does not change. An object that fits its surroundings thus gets a higher score.
+    This follows from Bayes' rule if the surroundings and the appearance are independent given the
+    class, and the surroundings do not indicate whether there is an object. `kd.rescore` applies the
+    same rule to a trained detector; here `a` is learned.
 
     Args:
         channels: Channels of every map of the pyramid.
@@ -159,10 +152,7 @@ class BoxContext(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], boxes: Tensor, image_of: Tensor, extents: Tensor
     ) -> Tensor:
-        """Compute class logits (K, C) of boxes, in float32 also under autocast.
-
-        For the arguments see `Around.forward`.
-        """
+        """Compute float32 class logits (K, C) of boxes; same arguments as `Around.forward`."""
         return wide(self.layers(self.around(maps, boxes, image_of, extents)))
 
     def joined(self, logits: Tensor, context: Tensor) -> Tensor:

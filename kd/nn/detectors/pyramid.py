@@ -26,15 +26,15 @@ from kd.nn.trunk_base import Trunk
 
 
 class Pyramid(nn.Module):
-    """A trunk and torchvision's feature pyramid on the trunk's last maps.
+    """A trunk with torchvision's feature pyramid on the trunk's last maps.
 
-    The modules have the same names as in torchvision, so that its weight files can be loaded.
+    The modules are named as in torchvision, so that its weight files can be loaded.
 
     Attributes:
         out_channels: Channels of every map.
         strides: Pixels per cell of each map, finest first.
-        own: Number of maps that come from the trunk, which are named "0", "1", .... Up to two
-            coarser maps are added after these.
+        own: Number of maps that come from the trunk, named "0", "1", ...; up to two coarser maps
+            follow.
     """
 
     def __init__(self, trunk: Trunk, own: int, extra: int, channels: int) -> None:
@@ -61,9 +61,9 @@ class Pyramid(nn.Module):
 class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
     """torchvision's anchors at fixed strides, in float32.
 
-    torchvision computes the stride by dividing the size of the image by the size of the map, which
-    is right only for images whose sides are multiples of the stride. It also computes anchors in
-    the dtype of the map, and bfloat16 cannot resolve single pixels.
+    torchvision infers strides from image and map sizes, which is wrong unless the sides are
+    multiples of the stride, and uses the map's dtype, although bfloat16 cannot resolve single
+    pixels.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FixedAnchors(AnchorGenerator):  # type: ignore[misc]
         self.strides = tuple(strides)
 
     def forward(self, image_list: ImageList, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the anchors (P, 4) of all levels, once per image; all images share one tensor."""
+        """Compute the anchors (P, 4) of all levels, as one shared tensor for each image."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         grids = [one.shape[-2:] for one in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [(side, side) for side in self.strides]))
@@ -115,16 +115,8 @@ def build_pyramid(
 ) -> Pyramid:
     """Build the pyramid of a detector, without the trunk's steps beyond the coarsest level.
 
-    Args:
-        what: Name of the detector, the prefix of error messages.
-        num_classes: Number of classes, C.
-        options: Options of the detector.
-        **least: Values of further options to check, each with its smallest allowed value, see
-            `at_least`.
-
-    Raises:
-        UserError: The trunk does not have one of the levels, an option is out of range, or the
-            trunk cannot be built.
+    `what` is the detector's name in error messages. `least` holds further options to check, each
+    with its smallest allowed value, see `at_least`.
     """
     levels = options.levels
     at_least(
@@ -158,11 +150,7 @@ def anchors_of(
         what: Name of the detector, the prefix of error messages.
         strides: Strides of the levels.
         scales: Sides of the square anchors, in strides; sides are rounded down to pixels.
-        ratios: Height divided by width of the anchors. The area of an anchor does not depend on its
-            ratio.
-
-    Raises:
-        UserError: Scales or ratios are empty or not above 0, or an anchor has no area.
+        ratios: Height divided by width of the anchors, which does not change their area.
     """
     for name, values in (("scales", scales), ("ratios", ratios)):
         if not values or min(values) <= 0:
