@@ -24,15 +24,13 @@ _ATTENTION = (
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Count the multiply-adds of a forward pass in evaluation mode, summed over all N images.
+    """Count the multiply-adds of a forward pass in evaluation mode, summed over all images.
 
-    Convolutions, linear layers and matrix products are counted, including the products inside
-    attention. Biases, norms, activations and resizing are left out, as in most papers.
-    Multiplications with padded zeros are counted.
+    Convolutions, linear layers and matrix products, including those of attention, are counted, also
+    for padded zeros. Biases, norms, activations and resizing are not counted.
 
     Args:
-        model: A network whose `forward` takes only images. Afterwards the model is in training or
-            evaluation mode as before.
+        model: A network whose `forward` takes only images. Its mode is restored afterwards.
         images: (N, 3, H, W), on the model's device, which may be "meta"; values do not matter.
     """
     kernels = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
@@ -48,9 +46,9 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 
 def latency(model: nn.Module, images: Tensor, repeats: int = 20) -> float:
-    """Measure the median time in seconds of `repeats` forward passes in evaluation mode.
+    """Measure the median time in seconds of `repeats` forward passes of the whole batch.
 
-    A few untimed passes come first. The time is for the whole batch of images.
+    The model runs in evaluation mode, after a few untimed passes.
     """
     at_least("latency", repeats=(repeats, 1))
     seconds = []

@@ -1,4 +1,4 @@
-"""ESPNet and its encoder alone, ESPNet-C (Mehta et al., 2018, https://arxiv.org/abs/1803.06815)."""
+"""ESPNet and its encoder ESPNet-C (Mehta et al., 2018, https://arxiv.org/abs/1803.06815)."""
 
 from __future__ import annotations
 
@@ -24,25 +24,21 @@ class NormAct(nn.Sequential):
 def conv(
     inputs: int, outputs: int, side: int = 1, *, stride: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """Build a convolution without bias, padded so that stride 1 keeps the height and width."""
+    """Build a convolution without bias, padded to preserve height and width if the stride is 1."""
     padding = dilation * (side - 1) // 2
     return nn.Conv2d(inputs, outputs, side, stride, padding, dilation, bias=False)
 
 
 def fitted(maps: Tensor, like: Tensor) -> Tensor:
-    """Crop maps to the height and width of `like`.
-
-    Halving an odd side rounds up, so doubling it again gives one row or column too many.
-    """
+    """Crop up-sampled maps, which can be one row or column too large, to the size of `like`."""
     return maps[..., : like.shape[-2], : like.shape[-1]]
 
 
 class SpatialPyramid(nn.Module):
     """ESPNet's block: reduce the channels, convolve at five dilations, and concatenate.
 
-    The maps of dilation 2 and above are summed cumulatively before they are concatenated, which
-    removes the grid pattern of dilated convolutions (hierarchical feature fusion). With `residual`
-    the input is added to the output if the stride is 1 and the numbers of channels are equal.
+    Maps of dilation 2 and above are summed cumulatively first, against grid artefacts (hierarchical
+    feature fusion). With `residual` the input is added to the output if their shapes are equal.
     """
 
     def __init__(
@@ -77,9 +73,6 @@ class ESPNetC(nn.Module):
         deep: Number of spatial pyramids at 1/8 of the image's size.
         dropout: Probability of dropping a channel before the classifier; 0 as published.
         file: File with weights of the whole network, see `kd.nn.weights.load_network`.
-
-    Raises:
-        UserError: An option out of range, or a file that does not fit.
     """
 
     stride = 8
@@ -125,10 +118,7 @@ class ESPNetC(nn.Module):
 
 
 class ESPNet(nn.Module):
-    """ESPNet, the encoder with a light decoder: 0.36 M parameters for 20 classes.
-
-    For the arguments and errors see `ESPNetC`.
-    """
+    """ESPNet, with a light decoder: 0.36 M parameters for 20 classes; arguments as in `ESPNetC`."""
 
     stride = 1
 

@@ -1,9 +1,9 @@
-"""Fast Fourier convolution: some channels have a global receptive field in each layer.
+"""Fast Fourier convolution, in which some channels have a global receptive field in each layer.
 
 Chi et al., 2020, https://proceedings.neurips.cc/paper/2020/hash/2fd5d41ec6cfab47e32164d5624269b1,
-with the ratios and the order of layers of LaMa (Suvorov et al., 2021,
-https://arxiv.org/abs/2109.07161). The first channels of a map are local (3x3 convolutions), the
-other channels are global (convolutions of the map's spectrum).
+with the ratios and layer order of LaMa (Suvorov et al., 2021, https://arxiv.org/abs/2109.07161).
+The first channels of a map are local (3x3 convolutions), the others global (convolutions of the
+spectrum).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class FourierUnit(nn.Module):
 
 
 class LocalFourierUnit(nn.Module):
-    """A Fourier unit that is applied to the four spatial quarters of a map, stacked as channels.
+    """A Fourier unit applied to the four spatial quarters of a map, stacked as channels.
 
-    Only the first quarter of the channels is read. The output, which has half the height and width,
-    is tiled 2 x 2. Odd sides are padded with zeros.
+    It uses only the first quarter of the channels. The output, of half the height and width, is
+    tiled 2 x 2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -70,8 +70,8 @@ class LocalFourierUnit(nn.Module):
 class SpectralTransform(nn.Module):
     """Transform the global channels of a map: `project(x + unit(x) + local_unit(x))`.
 
-    `x` is a 1x1 convolution of the input, with batch norm and ReLU. It has half as many channels as
-    the output, but at least 4.
+    `x` is the input after a 1x1 convolution to half the output channels (at least 4), batch norm
+    and ReLU.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, local_unit: bool = True) -> None:
@@ -108,12 +108,9 @@ class FFC(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        ratio_in: Fraction of the input's channels that is global.
-        ratio_out: Fraction of the output's channels that is global.
+        ratio_in: Fraction of the input channels that are global.
+        ratio_out: Fraction of the output channels that are global.
         local_unit: Whether the spectral transform has a local Fourier unit.
-
-    Raises:
-        UserError: An option out of range.
     """
 
     def __init__(
@@ -156,7 +153,7 @@ class FFC(nn.Module):
 
 
 class FFCBlock(nn.Sequential):
-    """Fast Fourier convolution, batch norm and ReLU; the options are those of `FFC`."""
+    """Fast Fourier convolution, batch norm and ReLU, with the options of `FFC`."""
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
         super().__init__(
@@ -175,7 +172,7 @@ def split_channels(channels: int, ratio: float) -> tuple[int, int]:
 def join_maps(first: Tensor, second: Tensor, ratio: float) -> Tensor:
     """Concatenate maps (N, C1, H, W) and (N, C2, H, W), with the local channels of both first.
 
-    `ratio` is the fraction of each map's channels that is global.
+    `ratio` is the fraction of each map's channels that are global.
     """
     halves = [maps.split(split_channels(maps.shape[1], ratio), dim=1) for maps in (first, second)]
     return torch.cat([half[part] for part in (0, 1) for half in halves], dim=1)

@@ -13,10 +13,7 @@ from kd.registry import suggestion
 
 
 class FrozenBatchNorm(nn.BatchNorm2d):
-    """Batch norm that always normalises by the running statistics and never updates them.
-
-    The state-dict keys are those of an ordinary batch norm.
-    """
+    """Batch norm with fixed running statistics, and the same state-dict keys as usual."""
 
     def train(self, mode: bool = True) -> FrozenBatchNorm:
         """Stay in evaluation mode, whatever `mode` is."""
@@ -45,12 +42,9 @@ def freeze(trunk: Trunk, frozen: str | None, batch_norm_frozen: bool = False) ->
 
     Args:
         trunk: The trunk to freeze.
-        frozen: "all"; or the path of a step, such as "layer2", up to which all steps are frozen,
-            including their batch norms; None freezes no step.
+        frozen: "all", or the path of the last step to freeze, such as "layer2"; None freezes no
+            step. Batch norms of frozen steps are frozen too.
         batch_norm_frozen: Whether to freeze the batch norms of all steps.
-
-    Raises:
-        UserError: The trunk has no such step.
     """
     if batch_norm_frozen:
         freeze_batch_norm(trunk)

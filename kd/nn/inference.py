@@ -1,9 +1,4 @@
-"""Faster inference: fold batch norms into convolutions, and compute in int8.
-
-In evaluation mode a convolution and its batch norm, `gamma * (w * x + b - mean) / sqrt(var + eps) +
-beta`, can be replaced by one convolution with other weights. The result is equal up to rounding,
-and one pass over memory is saved.
-"""
+"""Faster inference: fold batch norms into convolutions, and compute in int8."""
 
 from __future__ import annotations
 
@@ -27,10 +22,9 @@ from kd.nn.trunk import TorchvisionTrunk
 def for_answers(model: nn.Module) -> nn.Module:
     """Copy a model for inference, without gradients, and fold batch norms where possible.
 
-    A batch norm is folded only where the convolution is known to run directly before it: within a
-    `Sequential`, a residual block of torchvision, and between the steps of a trunk. Modules with
-    forward hooks are not folded, since the hook of a folded convolution would get the output of the
-    batch norm.
+    A batch norm is folded only where a convolution is known to run directly before it: in a
+    `Sequential`, in a torchvision residual block, and between the steps of a trunk. Modules with
+    forward hooks are not folded.
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     uses = Counter(id(module) for _, module in copied.named_modules(remove_duplicate=False))
@@ -46,7 +40,7 @@ def for_answers(model: nn.Module) -> nn.Module:
 
 
 def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the names of children of a module of which the second runs directly after the first."""
+    """Yield the names of two children of a module that run directly after each other."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         yield from pairwise(name for name, _ in module.named_children())
     elif isinstance(module, BasicBlock | Bottleneck):
@@ -58,7 +52,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _can_fold(first: nn.Module, second: nn.Module) -> bool:
-    """Whether the modules are a convolution and a batch norm, both without forward hooks."""
+    """Return True for a convolution and a batch norm, both without forward hooks."""
     return (
         isinstance(first, nn.Conv2d | nn.ConvTranspose2d)
         and isinstance(second, nn.BatchNorm2d)
@@ -81,13 +75,9 @@ def in_int8(
     torch has no per-channel scales for them.
 
     Args:
-        model: A model in evaluation mode, which torch.fx must be able to trace.
+        model: A model in evaluation mode that torch.fx can trace.
         samples: A few batches of typical inputs, to measure the ranges of activations.
         spared: Paths of modules that stay in float32, such as the head.
-
-    Raises:
-        UserError: The installed torch has no int8 engine, there are no samples, or the model's
-            `forward` cannot be traced.
     """
     if ENGINE not in torch.backends.quantized.supported_engines:
         raise UserError(f"int8: this torch has no engine {ENGINE!r}; compute in float32")

@@ -1,4 +1,4 @@
-"""Segmentation networks and detectors by name, which are both students and teachers."""
+"""Registry of segmentation networks and detectors, which can be students or teachers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _detector(target: str, text: str, **options: object) -> Entry:
 
 
 def _family(name: str, target: str, text: str) -> dict[str, Entry]:
-    """Registry entries of a detector: on any trunk, and under separate names on common trunks."""
+    """Build the registry entries of a detector: for any trunk, and by name for common trunks."""
     return {
         name: _detector(target, f"{text} on any trunk"),
         f"{name}_resnet18": _detector(target, f"{text} on ResNet-18", trunk="resnet18"),

@@ -1,8 +1,7 @@
-"""Decoders from features to saliency maps, shared by teachers and students.
+"""Decoders from features to saliency logits (N, 1, H, W), for teachers and students.
 
-The output is a map of logits (N, 1, H, W) at the image's size. Images are padded at the right and
-at the bottom to multiples of the trunk's stride, with 0, which is the mean colour after
-normalisation. The output is cropped accordingly.
+Images are padded with 0, the mean colour after normalisation, at the right and bottom to multiples
+of the trunk's stride. The logits are cropped to the image's size.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def enlarged(maps: Tensor, scale: int) -> Tensor:
 
 
 class LogitMap(nn.Module):
-    """The last layer: a 3x3 convolution to one channel, in full precision also under autocast.
+    """Last layer: a 3x3 convolution to one channel, in full precision even under autocast.
 
-    Half precision would be too coarse, since the loss is a softmax over all pixels of an image.
+    Half precision is too coarse for the loss, a softmax over all pixels of an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -46,10 +45,8 @@ class LogitMap(nn.Module):
     def forward(self, maps: Tensor, *, whole: torch.Size, size: torch.Size) -> Tensor:
         """Map features (N, C, h, w) to logits (N, 1, *size).
 
-        Args:
-            maps: Features.
-            whole: Height and width of the padded images, to which the logits are resized.
-            size: Height and width of the images without padding, to which the logits are cropped.
+        The logits are resized to `whole`, height and width of the padded images, then cropped to
+        `size`, height and width without padding.
         """
         with torch.autocast(maps.device.type, enabled=False):
             logits: Tensor = self.conv(wide(maps))
@@ -59,9 +56,9 @@ class LogitMap(nn.Module):
 
 
 class NormedDecoder(nn.Sequential):
-    """Five stages of 256, 128, 64, 32 and 16 channels, each of which doubles height and width.
+    """Five stages of 256, 128, 64, 32 and 16 channels, each of which up-samples by 2.
 
-    For a trunk with a stride below 32 the first stages leave the size unchanged.
+    For a trunk with a stride below 32 the first stages do not up-sample.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -92,10 +89,7 @@ class Stage(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """MSI-Net's decoder, of three stages.
-
-    Each stage up-samples by 2, halves the channels by a 3x3 convolution, and applies a ReLU.
-    """
+    """MSI-Net's decoder: three stages that up-sample by 2, halve the channels and apply a ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,12 +108,11 @@ class PlainDecoder(nn.Module):
 
 
 class ContextPyramid(nn.Module):
-    """Atrous spatial pyramid pooling without norms, as in MSI-Net.
+    """Atrous spatial pyramid pooling without norms, as in MSI-Net, with `width` output channels.
 
     Chen et al., 2017, https://arxiv.org/abs/1706.05587; Kroner et al., 2020,
-    https://arxiv.org/abs/1902.06634. A 1x1 convolution, a 3x3 convolution for each dilation, and
-    a 1x1 convolution of the mean over the image have `width` channels each. They are concatenated
-    and reduced to `width` channels.
+    https://arxiv.org/abs/1902.06634. Its parallel branches are a 1x1 convolution, a 3x3 convolution
+    for each dilation, and a 1x1 convolution of the mean over the image.
     """
 
     def __init__(
