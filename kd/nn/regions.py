@@ -84,10 +84,7 @@ def masked_pool(features: Tensor, weights: Tensor, image_of: Tensor) -> Tensor:
 
 
 def coverage(boxes: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
-    """Compute the fraction (K, h, w) of each cell's area that each of the boxes (K, 4) covers.
-
-    `grid` is h, w.
-    """
+    """Compute the fraction (K, h, w) of each cell of a `grid` (h, w) that boxes (K, 4) cover."""
     x1, y1, x2, y2 = (boxes.float() / stride).unbind(dim=1)
     across = _overlaps(x1, x2, grid[1])  # (K, w)
     down = _overlaps(y1, y2, grid[0])  # (K, h)
@@ -143,10 +140,7 @@ def box_geometry(boxes: Tensor) -> Tensor:
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
-    """Compute bounding boxes (K, 4) float32 of the pixels above 0 in masks (K, H, W).
-
-    The box of an empty mask is 0.
-    """
+    """Compute boxes (K, 4) float32 around the pixels above 0 in masks (K, H, W); 0 if empty."""
     x1, x2 = _extent((mask > 0).any(dim=1))
     y1, y2 = _extent((mask > 0).any(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
@@ -284,16 +278,7 @@ def standardised(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
 
 
 def log_prior(what: str, num_classes: int, prior: Sequence[float] | Tensor | None) -> Tensor:
-    """Normalise class probabilities and return their logarithms (C,).
-
-    Args:
-        what: Prefix of error messages.
-        num_classes: Number of classes, C.
-        prior: Probability of each class, (C,); None for a uniform distribution.
-
-    Raises:
-        UserError: `prior` does not have C values above 0.
-    """
+    """Normalise class probabilities and return their logs (C,); `prior` None means uniform."""
     given = torch.as_tensor([1.0] * num_classes if prior is None else prior, dtype=torch.float32)
     if given.shape != (num_classes,) or not bool((given > 0).all()):
         raise UserError(

@@ -25,20 +25,12 @@ from kd.transforms.hide import IMAGENET_MEAN, IMAGENET_STD
 
 
 def slim(network: nn.Module, width: float, *, what: str) -> None:
-    """Replace every convolution and batch norm by one with a fraction of the channels, in place.
+    """Scale the channels of every convolution and batch norm by `width`, in place.
 
-    The number of input channels of the first convolution does not change. Convolutions are
-    initialised as in He et al. (2015), https://arxiv.org/abs/1502.01852. Linear layers are not
-    replaced, since a trunk does not use them.
-
-    Args:
-        network: The network to change.
-        width: Fraction of the channels, above 0.
-        what: Prefix of error messages.
-
-    Raises:
-        UserError: A number of channels times `width` is not an integer, or the network has layers
-            other than convolutions and batch norms that depend on the number of channels.
+    The number of image channels does not change, and linear layers are not replaced. Convolutions
+    are initialised as in He et al. (2015), https://arxiv.org/abs/1502.01852. Raise a UserError,
+    prefixed with `what`, if a scaled number of channels is not an integer or a layer is not
+    supported.
     """
     image_channels = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
 
@@ -122,10 +114,7 @@ class TorchvisionTrunk(Trunk):
         return self.forward_at(images, [self.last_step(stride) for stride in self.level_strides])
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
-        """Compute the maps (N, C, h, w) after the steps with the given paths.
-
-        A vision transformer has only one map, which is returned for every path.
-        """
+        """Compute maps (N, C, h, w) after the given steps; a vision transformer has only one."""
         if self.tokens:
             return [self._token_grid(images)] * len(paths)
         features = self._to_half_range(images)

@@ -14,8 +14,7 @@ from kd.errors import UserError
 def wide(tensor: Tensor) -> Tensor:
     """Convert a tensor to float32, unless it is float64.
 
-    Half precision is too coarse for coordinates: bfloat16 cannot resolve 0.1 pixels at 32, nor
-    whole pixels at 512.
+    Half precision is too coarse for coordinates: bfloat16 cannot resolve whole pixels at 512.
     """
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -53,10 +52,7 @@ class Trunk(nn.Module):
         return self.forward_levels(images)[-1]
 
     def forward_levels(self, images: Tensor) -> list[Tensor]:
-        """Compute the last map at each of `level_strides`, finest first.
-
-        The last of these maps is the output of `forward`.
-        """
+        """Compute the last map at each of `level_strides`, finest first, ending with the output."""
         raise NotImplementedError
 
     def forward_at(self, images: Tensor, paths: Sequence[str]) -> list[Tensor]:
@@ -83,11 +79,7 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def cut(self, until: str) -> None:
-        """Remove all steps after the step with the path `until`, in place.
-
-        Raises:
-            UserError: The trunk has no step with this path.
-        """
+        """Remove all steps after the step with the path `until`, in place."""
         raise NotImplementedError
 
 
