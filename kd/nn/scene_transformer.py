@@ -67,11 +67,9 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, scenes: Tensor, count: int = 0) -> Rows:
-        """Assign a slot to each object or query.
+        """Assign a slot to each object or query, given the index of its scene, (M,), in any order.
 
-        Args:
-            scenes: Index of the scene that each object or query belongs to, (M,), in any order.
-            count: Least number of scenes; needed if the last scenes may have no object.
+        `count` is the least number of scenes; it is needed if the last scenes may have no object.
         """
         counts = torch.bincount(scenes, minlength=count)
         most = int(counts.max()) if len(counts) else 0
@@ -172,11 +170,7 @@ class Reader(nn.Module):
 
 
 def _per_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
-    """Split the weight (D, inputs) and bias (D,) of a layer by attention head, h.
-
-    Returns:
-        Weight (h, D/h, inputs) and bias (h, D/h).
-    """
+    """Split weight (D, inputs) and bias (D,) by head into (h, D/h, inputs) and (h, D/h)."""
     return linear.weight.unflatten(0, (heads, -1)), linear.bias.unflatten(0, (heads, -1))
 
 
@@ -228,14 +222,7 @@ class Patches(nn.Module):
         return ended
 
     def touched(self, regions: Tensor) -> Tensor:
-        """Mark the tokens that depend on any pixel of a region.
-
-        Args:
-            regions: Masks of the regions, bool (K, H, W).
-
-        Returns:
-            (K, h, w) bool on the grid of the tokens.
-        """
+        """Mark the tokens (K, h, w) that depend on any pixel of bool masks (K, H, W)."""
         height, width = regions.shape[1:]
         padded = F.pad(regions.float(), (0, -width % self.patch, 0, -height % self.patch))
         hit = F.max_pool2d(padded[:, None], self.patch)
@@ -257,14 +244,10 @@ class _PlaceNorm(nn.Module):
 
 
 def place_boxes(grid: tuple[int, int], frame: tuple[float, float], like: Tensor) -> Tensor:
-    """Compute the boxes (h * w, 4) of the cells of an h x w grid.
+    """Compute the boxes (h * w, 4) of the cells of an h x w grid, with `like`'s dtype and device.
 
-    The unit is the frame's long side.
-
-    Args:
-        grid: h, w.
-        frame: Height and width of the area that the grid covers, in units of the frame's long side.
-        like: Tensor with the dtype and device of the result.
+    `frame` is the height and width of the area that the grid covers. The unit of `frame` and of the
+    boxes is the long side of the image frame.
     """
     rows = torch.arange(grid[0], device=like.device, dtype=like.dtype) * (frame[0] / grid[0])
     columns = torch.arange(grid[1], device=like.device, dtype=like.dtype) * (frame[1] / grid[1])
