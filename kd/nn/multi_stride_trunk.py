@@ -164,14 +164,10 @@ def levelled(
     batch_norm_frozen: bool = False,
     remember: bool = False,
 ) -> LevelledTrunk:
-    """Freeze a trunk in place and wrap it as `LevelledTrunk`.
+    """Freeze a trunk in place and wrap it to return the maps of its last `levels` strides.
 
-    Args:
-        trunk: The trunk to freeze and wrap.
-        levels: Number of strides to return maps of.
-        frozen: "all", or the path of the last step to freeze, see `freeze`.
-        batch_norm_frozen: Whether to freeze all batch norms.
-        remember: Whether to cache outputs in memory, see `RememberedTrunk`; needs `frozen: all`.
+    `frozen` is "all" or the path of the last step to freeze. `remember` caches the outputs in
+    memory and needs `frozen` to be "all".
     """
     freeze(trunk, frozen, batch_norm_frozen)
     return RememberedTrunk(trunk, levels) if remember else LevelledTrunk(trunk, levels)

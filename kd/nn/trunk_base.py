@@ -137,13 +137,10 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of grey in Pillow and 
 
 
 def grey_and_region(images: Tensor) -> Tensor:
-    """Convert normalised RGB and the hidden region's channel, (K, 4, H, W), to grey and region.
+    """Convert normalised RGB and region mask (K, 4, H, W) to grey and region mask (K, 2, H, W).
 
     Pixels of the hidden region are 0 in RGB and stay 0 in grey. A trunk whose first convolution was
     summed over RGB has the same features as for an RGB image with three equal channels of grey.
-
-    Returns:
-        (K, 2, H, W).
     """
     luma = images.new_tensor(LUMA).view(1, 3, 1, 1)
     return torch.cat([(images[:, :3] * luma).sum(dim=1, keepdim=True), images[:, 3:]], dim=1)
