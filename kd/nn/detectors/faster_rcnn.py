@@ -1,7 +1,7 @@
-"""torchvision's Faster R-CNN on padded batches, with a second stage for given boxes, too.
+"""torchvision's Faster R-CNN on padded batches, with a second stage that also accepts given boxes.
 
-Ren et al., 2015, https://arxiv.org/abs/1506.01497; with a feature pyramid Lin et al., 2017,
-https://arxiv.org/abs/1612.03144. Proposals, heads, losses and suppression are torchvision's code.
+Ren et al., 2015, https://arxiv.org/abs/1506.01497; with a feature pyramid: Lin et al., 2017,
+https://arxiv.org/abs/1612.03144.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CANONICAL_LEVEL = 4  # pyramid level from which regions of the side `canonical` 
 
 
 class WidePredictor(FastRCNNPredictor):  # type: ignore[misc]
-    """The last layers of the second stage, with outputs in float32 also under autocast."""
+    """Last layers of the second stage, with float32 outputs even under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map region features (R, D) to class logits (R, K) and box deltas (R, 4 K)."""
@@ -52,15 +52,11 @@ class WidePredictor(FastRCNNPredictor):  # type: ignore[misc]
 
 
 def region_pool(pyramid: Pyramid, size: int, canonical: float) -> MultiScaleRoIAlign:
-    """Build RoIAlign on the pyramid levels that come from the trunk, with scales set explicitly.
+    """Build RoIAlign to a `size` x `size` grid on the pyramid levels that come from the trunk.
 
-    torchvision would infer the scales from the unpadded image sizes of the first batch, which is
-    wrong for padded images; for wide images in a square frame it is wrong by a factor of 2.
-
-    Args:
-        pyramid: The pyramid to pool from.
-        size: Side of the grid to which a region is pooled.
-        canonical: Side in pixels of the regions that are pooled from `CANONICAL_LEVEL`.
+    The scales are set explicitly, because torchvision infers them from the unpadded size of the
+    first images, which is wrong for padded images. Regions with a side of `canonical` pixels are
+    pooled from `CANONICAL_LEVEL`.
     """
     pool = MultiScaleRoIAlign([str(level) for level in range(pyramid.own)], size, sampling_ratio=2)
     strides = pyramid.strides[: pyramid.own]
@@ -74,7 +70,7 @@ class FasterRCNN(Detector):
     """Faster R-CNN with the interface of `Detector`.
 
     Attributes:
-        network: The detector of torchvision.
+        network: The torchvision detector.
         context: Head that predicts classes from the surroundings of regions, or None.
     """
 
@@ -99,24 +95,22 @@ class FasterRCNN(Detector):
         self.context = context
 
     def detect(self, given: Inputs) -> dict[str, Tensor]:
-        """Find objects.
+        """Compute feature maps, proposal maps and, depending on the inputs, losses or detections.
 
-        Crowds are not used: as in torchvision, detections inside a crowd are trained as background.
+        Detections inside a crowd count as background, as in torchvision. Returns a dict of these
+        outputs, where L numbers the levels from 0, finest first:
 
-        Returns:
-            A dict of these outputs, where L numbers the levels from 0, finest first:
-
-            - `features.L` (N, D, h, w);
-            - `class_maps.L` (N, A, h, w), objectness logits of the proposal network;
-            - `box_maps.L` (N, 4 A, h, w), box deltas of the proposal network;
-            - if `given` has near boxes, the outputs of the second stage for these boxes:
-              `object_logits` (M, C+1), background first, and `object_deltas` (M, 4 (C+1));
-            - if `given` has boxes and there is a context head, `context` (M, C), the head's logits;
-            - in training `loss.objectness`, the mean cross-entropy of the sampled anchors, and
-              `loss.proposal_boxes`, the smooth L1 loss of the sampled anchors on objects, divided
-              by the number of all sampled anchors; `loss.classes` and `loss.boxes` are the
-              corresponding losses of the sampled regions;
-            - in evaluation, if `given` has sizes, `detections` (N, K, 6).
+        - `features.L` (N, D, h, w);
+        - `class_maps.L` (N, A, h, w), objectness logits of the proposal network;
+        - `box_maps.L` (N, 4 A, h, w), box deltas of the proposal network;
+        - `object_logits` (M, C+1), background first, and `object_deltas` (M, 4 (C+1)), if `given`
+          has near boxes: the second stage's outputs for these boxes;
+        - `context` (M, C), logits of the context head, if there is one and `given` has boxes;
+        - `loss.objectness`, in training: mean cross-entropy of the sampled anchors;
+        - `loss.proposal_boxes`, in training: smooth L1 loss of the sampled anchors on objects,
+          divided by the number of all sampled anchors;
+        - `loss.classes` and `loss.boxes`, in training: the same two losses for the sampled regions;
+        - `detections` (N, K, 6), in evaluation if `given` has sizes.
         """
         images, sizes, boxes, labels, image_of, *_, near_boxes = given
         maps: dict[str, Tensor] = self.network.backbone(images)
@@ -167,11 +161,9 @@ class FasterRCNN(Detector):
         deltas: Sequence[Tensor],
         targets: list[dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Compute the proposals of each image and the losses of the proposal network.
+        """Compute the proposals (R, 4) of each image, without gradient, and the proposal losses.
 
-        Returns:
-            For each image its proposals (R, 4), without a gradient; and the losses by name, empty
-            if `targets` is None.
+        The losses are an empty dict if `targets` is None.
         """
         rpn = self.network.rpn
         anchors = rpn.anchor_generator(images, features)
@@ -194,7 +186,7 @@ class FasterRCNN(Detector):
     ) -> dict[str, Tensor]:
         """Compute the `SECOND_STAGE` outputs for the boxes of each image, concatenated over images.
 
-        If there is a context head, its logits are combined with the class logits of the regions.
+        A context head, if there is one, adjusts the class logits.
         """
         heads = self.network.roi_heads
         # No image sizes, because torchvision needs them only to infer the scales, which are set.
@@ -212,7 +204,7 @@ class FasterRCNN(Detector):
         self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],
         deltas: Sequence[Tensor], images: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Compute `detections` as torchvision does, without loops over images."""
+        """Compute the same `detections` as torchvision, without loops over images."""
         heads, n = self.network.roi_heads, images.shape[0]
         proposals, missing = self._batched_proposals(maps, sizes, logits, deltas, images)
         count = proposals.shape[1]
@@ -243,7 +235,7 @@ class FasterRCNN(Detector):
         self, maps: Mapping[str, Tensor], sizes: Tensor, logits: Sequence[Tensor],
         deltas: Sequence[Tensor], images: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Compute the proposals (N, R, 4), and which of these rows are padding, (N, R) bool."""
+        """Compute the proposals (N, R, 4) and a mask (N, R) that is True in padding rows."""
         rpn, frame = self.network.rpn, (images.shape[2], images.shape[3])
         [anchors] = rpn.anchor_generator(ImageList(images[:1], [frame]), list(maps.values()))
         counts = [one.shape[1] * one.shape[2] * one.shape[3] for one in logits]
@@ -267,7 +259,7 @@ class FasterRCNN(Detector):
         return boxes.gather(1, rows[..., None].expand(-1, -1, 4)), values < 0
 
     def _pooled(self, maps: Mapping[str, Tensor], boxes: Tensor, image_of: Tensor) -> Tensor:
-        """Pool regions from the level of their size, as `box_roi_pool` does."""
+        """Pool each region from the pyramid level that fits its size, as `box_roi_pool` does."""
         pool = self.network.roi_heads.box_roi_pool
         levels = pool.map_levels([boxes])
         rois = torch.cat([image_of[:, None].to(boxes.dtype), boxes], dim=1)
@@ -331,12 +323,7 @@ class FasterRCNNOptions(PyramidOptions):
 
 @with_options(FasterRCNNOptions)
 def fasterrcnn(num_classes: int, options: FasterRCNNOptions) -> FasterRCNN:
-    """Build Faster R-CNN on any trunk; torchvision's `fasterrcnn_resnet50_fpn` by default.
-
-    Raises:
-        UserError: An option is out of range, the trunk cannot be built or does not have one of the
-            levels, or the file does not fit the network.
-    """
+    """Build Faster R-CNN on any trunk; torchvision's `fasterrcnn_resnet50_fpn` by default."""
     what = "fasterrcnn"
     for name, counts in (("candidates", options.candidates), ("proposals", options.proposals)):
         if len(counts) != 2 or min(counts) < 1:
