@@ -24,15 +24,10 @@ def make_loader(
     seed: int = 0,
     train: bool = False,
 ) -> SampleLoader:
-    """Build this process's loader, which yields its slice of each batch.
+    """Build this process's loader, which yields its part of each batch.
 
-    Args:
-        dataset: The samples.
-        accelerator: Devices and processes.
-        batch_size: Samples per batch, over all processes.
-        workers: Loader processes; 0: load in this process.
-        seed: Seed of the order.
-        train: Whether to shuffle, and to drop an incomplete last batch.
+    `batch_size` counts samples over all processes. `workers=0` loads in the main process. `train`
+    shuffles the samples and drops an incomplete last batch.
     """
     return SampleLoader(
         dataset, batch_size=batch_size, seed=seed, shuffle=train, workers=workers,
@@ -42,11 +37,7 @@ def make_loader(
 
 
 def open_data(section: DatasetSection, task: str | None = None) -> Dataset:
-    """Open a dataset for a task; without a task, for the first problem that has such data.
-
-    Raises:
-        UserError: The task is unknown or for another kind of data, or the data cannot be read.
-    """
+    """Open a dataset for `task`, or for the first problem with this kind of data if None."""
     if task is not None:
         check_kind(task, section)
     problem = problem_of_data(section) if task is None else problem_of_task(task)
@@ -65,10 +56,10 @@ def check_kind(task: str, section: DatasetSection) -> None:
 
 
 def without_weights(section: Model, **replaced: object) -> Model:
-    """Return a model's section without options for initial weights, and with others replaced.
+    """Return a model's config without initial weights, with the options in `replaced` changed.
 
-    The weights of a trained run are loaded afterwards. The file that the initial weights came from
-    may not exist any more. `replaced` has new values of options, for those that the section has.
+    A trained run's weights are loaded afterwards, and the initial weights may no longer exist.
+    Options that the model does not have are ignored.
     """
     replaced |= {"weights": None, "file": None}
     options = {key: replaced.get(key, value) for key, value in section.options.items()}

@@ -23,16 +23,12 @@ _FREE = ("data.workers", "data.root", "data.prepared", "variants", "seeds", "sta
 
 
 class RunFolder:
-    """The folder of one run, created with its `config.yaml` if it does not exist.
+    """The folder of one run, created with its `config.yaml` if missing.
 
     Args:
         path: The folder.
         config: The resolved recipe.
         resume: Whether the folder may contain an earlier part of the same run.
-
-    Raises:
-        UserError: The folder contains a run with another config, or any run if `resume` is false,
-            or it cannot be written.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
@@ -84,10 +80,7 @@ class RunFolder:
 
 
 def check_current(config: Mapping[str, Any], file: Path) -> None:
-    """Raise a UserError if a config is of an earlier version, in which variants were called arms.
-
-    `file` is the config's path, for the message.
-    """
+    """Raise a UserError if `config`, read from `file`, has the outdated format with `arms`."""
     if old := sorted({"arm", "arms"} & config.keys()):
         raise UserError(
             f"{file}: a run of an earlier version ({old[0]!r} is now "
@@ -101,10 +94,7 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_class_names(folder: Path, names: Sequence[str]) -> None:
-    """Write a run's class names to `classes.json`, so that its model can be used without the data.
-
-    `class_names` reads the file.
-    """
+    """Write class names to `classes.json`, so that the model can be used without its dataset."""
     text = json.dumps({"names": list(names)}, indent=2, ensure_ascii=False) + "\n"
     write_text(folder / _CLASSES, text)
 
@@ -125,11 +115,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def class_names(folder: Path) -> tuple[str, ...] | None:
-    """Read a run's class names in the order of the model's outputs; None if it has no such file.
-
-    Raises:
-        UserError: `classes.json` is not a list of names.
-    """
+    """Read a run's class names in the order of the model's outputs; None without `classes.json`."""
     file = folder / _CLASSES
     try:
         names = json.loads(file.read_text(encoding="utf-8"))["names"]
@@ -143,14 +129,9 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
 
 
 def check_same_config(written: Path, config: Mapping[str, Any]) -> None:
-    """Check that a run is resumed with the config that it was started with.
+    """Raise a UserError if a resumed run's config differs in keys that change results.
 
-    Args:
-        written: The run's `config.yaml`.
-        config: The resolved recipe now.
-
-    Raises:
-        UserError: The two differ in a key that changes results; the message lists the differences.
+    `written` is the run's `config.yaml`, and `config` is the recipe to resume with.
     """
     there = read_yaml(written)
     check_current(there, written)

@@ -22,12 +22,10 @@ from kd.runs.build import open_data, without_weights
 def load_student(
     run: Path, config: Mapping[str, Any], section: DatasetSection
 ) -> tuple[Dataset, nn.Module, Task]:
-    """Load a student with its dataset and task.
+    """Load a student with its dataset and task from its run folder, `seed<k>/<variant>`.
 
-    Args:
-        run: Folder seed<k>/<variant> of a distillation.
-        config: Content of the run's `config.yaml`.
-        section: Data section of the dataset to open, which may differ from the run's own.
+    `config` is the content of the run's `config.yaml`. `section` configures the dataset to open,
+    which may differ from the training dataset.
     """
     recipe = student_recipe(config, run / "config.yaml", section)
     data = open_data(recipe.data, recipe.task.name)
@@ -39,15 +37,9 @@ def load_student(
 def student_recipe(
     config: Mapping[str, Any], source: Path, section: DatasetSection | None = None
 ) -> DistillRecipe:
-    """Read the recipe in the config of a variant's run.
+    """Read the recipe from the config of one variant's run.
 
-    Args:
-        config: Content of the run's `config.yaml`.
-        source: The file that the config was read from, for messages.
-        section: Data section to use instead of the run's own.
-
-    Raises:
-        UserError: The config is that of a whole distillation, or not that of a run.
+    `source` is the config's path, for error messages. `section` replaces the run's dataset config.
     """
     if "variant" not in config:
         raise UserError(

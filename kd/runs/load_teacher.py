@@ -45,9 +45,6 @@ def find_teacher(
         data: Name of the dataset that the teacher was trained on.
         further: Key of the teacher in `more_teachers`; empty for the recipe's `teacher`.
         typed: Argument of `--data` as the user typed it, for the error message.
-
-    Raises:
-        UserError: There is no such run; the message shows the command that trains the teacher.
     """
     key = f"more_teachers.{further}" if further else "teacher"
     if reference.run is not None:
@@ -76,14 +73,7 @@ def _flag(data: str, typed: str | None) -> str:
 
 @dataclass(frozen=True)
 class TrainedTeacher:
-    """A trained teacher, loaded, frozen and in evaluation mode.
-
-    Attributes:
-        folder: Run folder.
-        recipe: The recipe that it was trained with.
-        model: The network.
-        task: The task that it was trained for.
-    """
+    """A trained teacher, frozen and in evaluation mode, with its run folder, recipe and task."""
 
     folder: Path
     recipe: TeacherRecipe
@@ -111,11 +101,7 @@ class TrainedTeacher:
 
 
 def latest_teacher() -> Path:
-    """Find the most recently trained context teacher among the default run folders.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Find the most recently trained context teacher among the default run folders."""
     finished = (RUNS / "teacher").glob("*/*/summary.json")
     for summary in sorted(finished, key=lambda file: file.stat().st_mtime, reverse=True):
         config = read_yaml(summary.parent / "config.yaml")
@@ -132,11 +118,11 @@ def load_teacher(
 ) -> TrainedTeacher:
     """Load a teacher that has `num_classes` classes.
 
-    `path` is its run folder, its `model.safetensors` or its checkpoint `last.pt`. Without `recipe`
-    the recipe is read from the run.
+    `path` is its run folder, its `model.safetensors` or its checkpoint `last.pt`. If `recipe` is
+    None, it is read from the run.
 
     Raises:
-        UserError: The run is not finished, is that of a student, or has another number of classes.
+        UserError: The run is unfinished, is a student's, or has another number of classes.
     """
     folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
     checkpoint = None
@@ -164,26 +150,16 @@ def load_teacher(
 def load_teacher_of(path: Path, data: Dataset) -> TrainedTeacher:
     """Load a teacher with the classes that it was trained on, for use on a dataset.
 
-    Its classes are not compared with those of the dataset, because they may differ if only layers
-    of the teacher are used. `check_classes` compares them.
+    The dataset's classes may differ; call `check_classes` if they must be the same.
     """
     names = class_names(path if path.is_dir() else path.parent)
     return load_teacher(path, data.num_classes if names is None else len(names))
 
 
 def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> None:
-    """Check that a teacher was trained on the given classes, in the same order.
+    """Raise a UserError unless a teacher was trained on the classes `names`, in the same order.
 
-    This is needed if outputs of student and teacher are compared class by class. A run without
-    `classes.json` passes, because the names of its classes are not known.
-
-    Args:
-        teacher: The teacher.
-        names: Class names of the dataset.
-        where: Name of the dataset, for the message.
-
-    Raises:
-        UserError: A class differs.
+    A teacher's run without `classes.json` passes. `where` names the dataset in the error message.
     """
     known = class_names(teacher.folder)
     if known is None:
@@ -202,11 +178,8 @@ def check_classes(teacher: TrainedTeacher, names: Sequence[str], where: str) -> 
 def class_names_of(path: Path) -> tuple[str, ...]:
     """Return the class names of a teacher, in the order of its outputs.
 
-    `path` is as for `load_teacher`. If the run has no `classes.json`, the names are read from the
-    dataset that the teacher was trained on.
-
-    Raises:
-        UserError: `path` is not in a run folder, or its dataset cannot be read.
+    `path` is the same as for `load_teacher`. If the run has no `classes.json`, the names are read
+    from the dataset that the teacher was trained on.
     """
     folder = path if path.is_dir() else path.parent
     if (names := class_names(folder)) is not None:
@@ -230,13 +203,8 @@ def fast_teacher(
 ) -> nn.Module:
     """Return a faster copy of a frozen teacher, for inference only.
 
-    Batch norms are folded into convolutions, so layers of the copy cannot be tapped.
-
-    Args:
-        model: The teacher's network.
-        task: The teacher's task, which prepares its inputs.
-        dataset: Samples, a few of which calibrate the ranges of 8-bit integers.
-        int8: Whether everything but the head runs in 8-bit integers, on the CPU.
+    Batch norms are folded into convolutions, so layers of the copy cannot be tapped. `int8` runs
+    everything but the head in 8-bit integers on the CPU, calibrated on a few samples of `dataset`.
     """
     if not int8:
         return for_answers(model)
@@ -258,11 +226,7 @@ def _without_weights(recipe: TeacherRecipe) -> Model:
 
 
 def fold_models(teacher: TrainedTeacher, num_classes: int) -> list[nn.Module]:
-    """Load a teacher's fold models, in the order of the folds.
-
-    Raises:
-        UserError: The teacher was trained without folds.
-    """
+    """Load a teacher's fold models, in the order of the folds."""
     count = teacher.recipe.folds
     if count < 2:
         raise UserError(

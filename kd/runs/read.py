@@ -71,7 +71,7 @@ def read_run(folder: str | Path) -> Run:
     """Read `config.yaml`, `summary.json` and `predictions.npz` of a finished run.
 
     Raises:
-        UserError: The folder is missing, is not a run, or the run is not finished or corrupt.
+        UserError: The folder is missing or not a run, or the run is unfinished or corrupt.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -92,14 +92,9 @@ def read_run(folder: str | Path) -> Run:
 
 
 def results_of(config: Mapping[str, Any], run: Path) -> Results:
-    """Return the metrics and tables of a run's problem, including the user's own metrics.
+    """Return the metrics and tables of a run's problem, including the user's metrics.
 
-    Args:
-        config: Content of the run's `config.yaml`.
-        run: The run folder, for messages.
-
-    Raises:
-        UserError: The config names no task, or a metric cannot be imported.
+    `config` is the content of the run's `config.yaml`. `run` is its folder, for error messages.
     """
     task = config.get("task")
     if not isinstance(task, dict) or "name" not in task:
@@ -117,13 +112,10 @@ def results_hint(path: Path) -> str:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read runs: each of `folders` is a run folder, or a folder that contains finished runs.
+    """Read the finished runs in `folders`, each a run folder or a folder that contains runs.
 
-    Subfolders are searched, but not those of a run, such as the folds of a teacher. Unfinished
-    runs are skipped with a warning.
-
-    Raises:
-        UserError: A folder contains no finished run.
+    Subfolders are searched, except those of a run, such as a teacher's folds. Unfinished runs are
+    skipped with a warning.
     """
     found: dict[Path, Run] = {}
     for folder in map(Path, folders):
@@ -160,7 +152,7 @@ def named_runs(runs: Sequence[Run]) -> dict[str, Run]:
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """Return a short name for each folder: its path without the common beginning and end.
 
-    For example `seed0/plain` and `seed1/plain` become `seed0` and `seed1`.
+    For example, `seed0/plain` and `seed1/plain` become `seed0` and `seed1`.
     """
     parts = [folder.parts for folder in folders]
 
@@ -181,10 +173,8 @@ def is_distill(folder: str | Path) -> bool:
 def read_distill(folder: str | Path, variants: Collection[str] | None = None) -> DistillRuns:
     """Read the runs `seed<k>/<variant>/` of a distillation.
 
-    Args:
-        folder: Folder of the distillation.
-        variants: Variants to read in addition to `plain`; None: all that any seed has. A seed for
-            which one of these runs is not finished is skipped with a warning.
+    Besides `plain`, read `variants`, or all variants that any seed has if None. Seeds with an
+    unfinished run among these are skipped with a warning.
 
     Raises:
         UserError: All seeds are skipped, or the runs were evaluated on different objects.
@@ -232,10 +222,7 @@ def read_predictions(
 ) -> Records:
     """Read and check a `predictions.npz`; rows are sorted by id.
 
-    Args:
-        path: The file.
-        results: Results of the run's problem, which define the arrays of the file.
-        names: Class names, for metrics of single classes.
+    `results` defines the arrays of the file. `names` are class names, for per-class metrics.
 
     Raises:
         UserError: The file is missing or corrupt, or an id occurs twice.
@@ -260,10 +247,7 @@ def read_predictions(
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Read the curves of a run: lists of (step, value) pairs by tag.
 
-    The run may still be training: an incomplete last line of `metrics.jsonl` is skipped.
-
-    Raises:
-        UserError: `metrics.jsonl` is missing or corrupt.
+    An incomplete last line of `metrics.jsonl` is skipped, because the run may still be training.
     """
     path = Path(folder) / "metrics.jsonl"
     try:

@@ -29,11 +29,7 @@ from kd.runs.folder import RunFolder
 def open_run(
     accelerator: Accelerator, path: Path, config: Mapping[str, Any], *, resume: bool
 ) -> RunFolder:
-    """Open a run folder on every process.
-
-    Raises:
-        UserError: As `RunFolder`; an error of the main process is raised on all processes.
-    """
+    """Open a run folder on every process; an error of the main process is raised on all."""
     folder: RunFolder | None = None
     message: list[str | None] = [None]
     if accelerator.is_main_process:
@@ -64,24 +60,10 @@ def first_batch(samples: Samples, train: Train, accelerator: Accelerator) -> dic
 def check_losses(
     model: nn.Module, batch: Batch, objective: Objective, num_classes: int, *, called: str
 ) -> dict[str, Mean]:
-    """Compute the losses of a batch before training, to find a model that does not fit its task.
+    """Compute the losses of a batch before training; raise a UserError if the model does not fit.
 
-    The model runs in training mode, in which some models return more outputs; this changes its
-    batch norm statistics.
-
-    Args:
-        model: An `AdaptedStudent`, on the batch's device.
-        batch: The batch.
-        objective: The losses.
-        num_classes: Number of classes of the dataset.
-        called: Prefix of error messages.
-
-    Returns:
-        The losses by name, without gradient.
-
-    Raises:
-        UserError: The model lacks an output that a loss of the task reads, its scores have
-            another number of classes, or the batch is too small for batch norm.
+    The model, an `AdaptedStudent`, runs in training mode, which changes its batch norm statistics.
+    Error messages start with `called`. Returns the losses by name, without gradient.
     """
     task = objective.task
     model.train()
@@ -120,12 +102,8 @@ def start_training(
 ) -> Training:
     """Move a model to the device and set up its optimiser, schedule, averaged weights and critics.
 
-    Args:
-        accelerator: Devices, processes and precision.
-        model: An `AdaptedStudent`.
-        train: Training settings of the recipe.
-        steps: Total number of training steps.
-        critics: The `Adversary` of each holistic term, by name of the term.
+    `model` is an `AdaptedStudent`, and `steps` is the total number of training steps. `critics` has
+    the `Adversary` of each holistic loss term, by name of the term.
     """
     # Baselines of counts have no parameters to optimise and no gradients for DDP.
     weights = model if learns(model) else nn.Linear(1, 1)
@@ -165,10 +143,7 @@ def _start_critic(
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Convert batch norms so that they compute statistics over all processes.
-
-    Frozen batch norms are not converted.
-    """
+    """Make batch norms, except frozen ones, compute statistics over all processes."""
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         if isinstance(module, FrozenBatchNorm):
             return module

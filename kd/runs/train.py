@@ -38,16 +38,9 @@ _log = logging.getLogger("kd")
 def summary_of(
     results: Results, data: Dataset, metric: Evaluator, model: nn.Module, steps: int
 ) -> dict[str, Any]:
-    """Return the content of `summary.json`.
+    """Return the content of `summary.json`: metrics of the model and of baselines (class prior).
 
-    It has the metrics of the model and of references such as the class prior.
-
-    Args:
-        results: Metrics and tables of the run's problem.
-        data: The dataset.
-        metric: Evaluator that has the predictions on the val split.
-        model: The exported model, without adapters.
-        steps: Number of training steps.
+    `metric` has the predictions on the val split. `model` is the exported model, without adapters.
     """
     records = metric.records()
     return {
@@ -89,16 +82,9 @@ class RunSetup:
 def run_training(
     run: RunSetup, model: torch.nn.Module, objective: Objective, loader: SampleLoader
 ) -> dict[str, Any]:
-    """Train, or resume training, then evaluate the model and write the results.
+    """Train an `AdaptedStudent` or resume training, then evaluate it and write the results.
 
-    Args:
-        run: The run.
-        model: An `AdaptedStudent`.
-        objective: The losses to minimise.
-        loader: Batches of the train split.
-
-    Returns:
-        The content of `summary.json`.
+    Returns the content of `summary.json`.
 
     Raises:
         UserError: A loss is not finite, the checkpoint to resume does not fit, or the disk is full.
@@ -228,7 +214,7 @@ def _drawn(run: RunSetup, training: Training, task: Task) -> Iterator[Figure]:
 
 
 def val_loader(data: Dataset, batch_size: int, accelerator: Accelerator) -> SampleLoader:
-    """Return a loader of the val split; images of different sizes come one at a time.
+    """Return a loader of the val split; images of different sizes are loaded one at a time.
 
     `batch_size` is the number of images per batch, over all processes.
     """
