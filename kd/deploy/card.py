@@ -13,17 +13,14 @@ from typing import Any
 import torch
 import yaml
 
+from kd.errors import UserError
 from kd.problems import problem_of_task
+from kd.problems.recipes import section_from
 from kd.report.tables import Table
 from kd.runs.folder import class_names
 from kd.runs.read import Run
 from kd.version import __version__
 
-_PIPELINES = {
-    "objects": "image-classification",
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-}
 _SHOWN_CLASSES = 30
 
 
@@ -36,17 +33,15 @@ def model_card(run: Run, table: Table, command: str) -> str:
         command: The command that trained them.
     """
     config, student = run.config, run.config["student"]
-    problem = problem_of_task(config["task"]["name"]).spec.name
+    problem = problem_of_task(config["task"]["name"])
     names = class_names(run.folder) or ()
     shown = ", ".join(names[:_SHOWN_CLASSES])
     if len(names) > _SHOWN_CLASSES:
         shown += f" and {len(names) - _SHOWN_CLASSES} more"
     folder = run.folder.parent.parent
-    example = "boxes=[[x1, y1, x2, y2]]" if problem == "objects" else ""
-    arguments = ", ".join(filter(None, ['"photo.jpg"', example]))
     return "\n".join([
         "---",
-        yaml.safe_dump(_metadata(run, problem), sort_keys=False).strip(),
+        yaml.safe_dump(_metadata(run, problem.spec.pipeline), sort_keys=False).strip(),
         "---",
         "",
         f"# {student['name']} on {config['data']['name']}",
@@ -59,15 +54,7 @@ def model_card(run: Run, table: Table, command: str) -> str:
         "",
         table.to_markdown(),
         "",
-        "## Use",
-        "",
-        "```python",
-        "import kd",
-        "",
-        f'model = kd.load("{run.folder.relative_to(folder)}/model.safetensors")',
-        f"print(model.predict({arguments}))",
-        "```",
-        "",
+        *_use(run, run.folder.relative_to(folder)),
         f"Classes ({len(names)}): {shown}.",
         "",
         "## Training",
@@ -89,7 +76,30 @@ def model_card(run: Run, table: Table, command: str) -> str:
     ])  # fmt: skip
 
 
-def _metadata(run: Run, problem: str) -> dict[str, Any]:
+def _use(run: Run, folder: Path) -> list[str]:
+    """Lines that show how to load the model; none if its problem has no `Inference`."""
+    config = run.config
+    section = section_from(dict(config), str(run.folder / "config.yaml"))
+    task = config["task"]["name"]
+    try:
+        inference = problem_of_task(task).inference(task, section, class_names(run.folder) or ())
+    except UserError:
+        return []
+    boxes = ", boxes=[[x1, y1, x2, y2]]" if inference.needs_boxes else ""
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import kd",
+        "",
+        f'model = kd.load("{folder}/model.safetensors")',
+        f'print(model.predict("photo.jpg"{boxes}))',
+        "```",
+        "",
+    ]
+
+
+def _metadata(run: Run, pipeline: str) -> dict[str, Any]:
     """Fields of the hub: library, pipeline, tags, and the val metrics as `model-index`."""
     config, results = run.config, run.results
     metrics = [
@@ -97,7 +107,6 @@ def _metadata(run: Run, problem: str) -> dict[str, Any]:
         for name in results.rows
         if isinstance(run.summary.get(name), int | float)
     ]
-    pipeline = _PIPELINES.get(problem)
     return {
         "library_name": "kd",
         "license": "unknown",

@@ -56,6 +56,7 @@ class ProblemSpec:
         tasks: Tasks by name, for a recipe's `task.name`.
         implementation: `package.module:attribute` of the `Problem` object.
         example: Name of a suitable dataset in configs/data, for messages.
+        pipeline: Name of the task on Hugging Face's hub, for model cards; "" if it has none.
         abilities: Optional features: "folds" (out-of-fold teachers), "transfer" (trunks for
             `kd.transfer`), "context" (queries about hidden objects), "results_files" (COCO
             results).
@@ -67,6 +68,7 @@ class ProblemSpec:
     tasks: Mapping[str, Entry]
     implementation: str
     example: str = ""
+    pipeline: str = ""
     abilities: frozenset[str] = frozenset()
 
     def task(self, name: str) -> Entry:

@@ -13,5 +13,6 @@ SPEC = ProblemSpec(
     tasks={"detection": Entry("kd.problems.detection.task:Detection", "detect objects with boxes")},
     implementation="kd.problems.detection.problem:PROBLEM",
     abilities=frozenset({"results_files"}),
+    pipeline="object-detection",
     example="scenes",
 )

@@ -121,6 +121,7 @@ SPEC = ProblemSpec(
         "scene_labels": _task("SceneLabels", "name the classes that are in an image"),
     },
     implementation="kd.problems.objects.problem:PROBLEM",
+    pipeline="image-classification",
     example="scenes",
     abilities=frozenset({"context", "folds", "transfer"}),
 )

@@ -43,5 +43,6 @@ SPEC = ProblemSpec(
         "segmentation": Entry("kd.problems.segmentation.task:Segmentation", "classify each pixel")
     },
     implementation="kd.problems.segmentation.problem:PROBLEM",
+    pipeline="image-segmentation",
     example="scenes_maps",
 )
