@@ -228,7 +228,8 @@ class TeacherRecipe(Recipe):
         "one", description="objects of an image hidden in an epoch: one at random, or each in turn"
     )
     folds: Annotated[int, Field(ge=0, le=20)] = Field(
-        0, description="also train so many models on folds of images, for out-of-fold posteriors"
+        0,
+        description="number of further models, trained on folds, for out-of-fold posteriors",
     )
     seed: Whole = 0
 

@@ -200,8 +200,8 @@ def _check_softmax(
         read = outputs_by_teacher([term], recipe.more_teachers)[name]
         if layers_among(read, teacher.task) != read:
             raise UserError(
-                f"losses: {term.name}: soft_targets.top_k stores {', '.join(read)} as "
-                "probabilities, which this loss does not compare; 0 stores raw outputs"
+                f"losses: {term.name}: this loss compares raw outputs, but with soft_targets.top_k "
+                f"the cache has only probabilities of {', '.join(read)}; set soft_targets.top_k=0"
             )
 
 

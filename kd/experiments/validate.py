@@ -126,6 +126,6 @@ def _check_term(recipe: DistillRecipe, term: Term, task: Task, data: Dataset) ->
         )
     if cached and not term.reads_posterior:
         raise UserError(
-            f"losses: {term.name}: detectors learn all but posteriors from a live teacher; set "
+            f"losses: {term.name}: for detectors only posteriors can come from the cache; set "
             "kind: live for that teacher, or --set soft_targets.kind=live for all"
         )

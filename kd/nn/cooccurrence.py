@@ -149,7 +149,7 @@ class NaiveBayes(nn.Module):
     def _scores(self, objects: Objects, exponents: Tensor, *, without_own: bool) -> Tensor:
         """Unnormalised log-probabilities (M, C) of all objects.
 
-        With `without_own` the counts for an object leave out the image that contains it.
+        If `without_own`, the counts for an object leave out the image that contains it.
         """
         own = self._counts(objects) if without_own else None
         known = objects.visible & (objects.classes >= 0)

@@ -207,7 +207,7 @@ class Task(Protocol):
         return {"images": full_count(batch, "images"), **counts}
 
     def place_unit(self, mask: str, grid: tuple[int, int], batch: Batch) -> str:
-        """Return the unit of a mean over a mask's grid cells. The mask `frame` covers all cells."""
+        """Key in `counts` of the number of grid cells in a mask; the mask `frame` has all cells."""
         return self.rows(batch).unit if mask == "frame" else mask
 
     def for_terms(self, terms: Sequence[ReadsOutputs]) -> Self:

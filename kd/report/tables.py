@@ -44,7 +44,7 @@ class Scorer(Protocol):
         """The definition of a metric, by name."""
 
     def value(self, records: Records, name: str) -> float | None:
-        """Value of a metric, None if no row counts for it; raise a UserError if it is unknown."""
+        """Value of a metric, None if it is not defined on these records; raise if it is unknown."""
 
     def interval(self, records: Records, name: str) -> Interval | None:
         """A metric with its 95 % interval over images, or None."""
@@ -95,7 +95,7 @@ def _compare(
 
 
 def value_of(scorer: Scorer, name: str, records: Records) -> float:
-    """Compute a metric; raise a `UserError` if it is unknown or no row counts for it."""
+    """Compute a metric; raise a `UserError` if it is unknown or not defined on the records."""
     number = scorer.value(records, name)
     if number is None:
         raise UserError(f"metric {name!r}: none of these {scorer.things} counts for it")

@@ -125,7 +125,7 @@ class SaliencyDataset(ImageDataset[GazeSplit]):
 
     @cached_property
     def prior(self) -> CentrePrior:
-        """The centre prior, computed from the train images at the positions `counted`."""
+        """The centre prior, computed from the train images whose positions are in `counted`."""
         places = [relative_places(self.train, number) for number in self.counted]
         return CentrePrior(torch.cat(places))
 

@@ -86,7 +86,7 @@ class Pixels(NamedTuple):
     predicted: Float
 
     def drawn(self, counts: Float) -> Pixels:
-        """Sum over images for R resamples; resample r contains image n `counts[r, n]` times."""
+        """Sum pixel counts over R resamples; resample r has image n `counts[r, n]` times."""
         return Pixels(*(counts @ part for part in self))
 
 

@@ -219,7 +219,7 @@ def test_a_context_teacher_may_be_the_further_one(
         (["teacher.kind=live"], "context_logits: posteriors of objects, hidden in turn, must be"),
         (["variants=[plain, output_kd]"], "output_kd: only for students that classify objects"),
         (["variants=[plain, I]", "more_teachers.detector.kind=stored"],
-         "near_0: detectors learn all but posteriors from a live teacher; set kind: live"),
+         "near_0: for detectors only posteriors can come from the cache; set kind: live"),
         (["variants=[shuffled]", "losses=[{name: object_logits, weight: 1.0}]", "teacher.kind=live",
           "ablations={}", "more_losses=[]", "adapters={}"],
          r"shuffled needs soft_targets\.kind=stored"),
@@ -237,7 +237,7 @@ def test_what_context_and_detectors_do_not_go_with_is_refused(
 def test_stored_answers_of_a_detector_are_refused(scenes: list[str], finder: Path) -> None:
     given = flags([*scenes, f"student.{SMALL}", "soft_targets.kind=stored"])
     command = ["--student", "fasterrcnn_resnet18", "--data", "scenes", "--teacher", str(finder)]
-    with pytest.raises(UserError, match=r"from a live teacher; .*--set soft_targets\.kind=live"):
+    with pytest.raises(UserError, match=r"only posteriors .*--set soft_targets\.kind=live"):
         distill.main([*command, *given])
 
 
