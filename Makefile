@@ -1,8 +1,8 @@
-# Every target works in a fresh clone: what needs an environment makes one first.
-#   PYTHON=python3.12   the interpreter that makes the environment (3.11 or newer)
-#   VENV=path           another place for it, or an existing environment to use
-#   VENVS=path          where test-versions makes its environments, several GB each
-#   VERSIONS=oldest     which of them it tests
+# Every target works in a fresh clone: targets that need an environment create it first.
+#   PYTHON=python3.12   interpreter for the environment (3.11 or newer)
+#   VENV=path           folder of the environment, new or existing (default: .venv)
+#   VENVS=path          folder for the environments of test-versions, several GB each
+#   VERSIONS=oldest     versions of PyTorch that test-versions tests (default: all three)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ OLD_PYTHON := import sys; v = sys.version_info; v >= (3, 11) or \
   sys.exit("kd needs Python 3.11 or newer; %s is %d.%d. Name another: make install PYTHON=python3.11" \
   % (sys.executable, v[0], v[1]))
 
-# The stamps hold this checkout's path: an environment that serves another checkout is installed again.
+# The stamps contain this checkout's path, so that an environment of another checkout is installed again.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
@@ -33,7 +33,7 @@ endif
 .PHONY: help install demo test test-versions lint types bench clean
 .DELETE_ON_ERROR:
 
-help: ## this list
+help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=path]"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 	  | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -53,35 +53,35 @@ $(BENCH_STAMP): $(STAMP)
 	$(PIP) install -e ".[bench]"
 	@echo "$(CURDIR)" > $@
 
-install: $(STAMP) ## make the environment and install kd into it, editable
+install: $(STAMP) ## create the environment and install kd in editable mode
 
-demo: install ## embedded scenes, a teacher, plain and distilled students, their comparison
+demo: install ## generate scenes, train a teacher and students, compare them
 	$(PY) -m kd.demo
 
-test: install ## the test suite (JOBS=2, PYTEST_ARGS="-k name")
+test: install ## run the test suite (JOBS=2, PYTEST_ARGS="-k name")
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-# The range of PyTorch that pyproject.toml promises: its lower bound, one between, pip's newest.
+# The PyTorch versions that pyproject.toml allows: the lower bound, one in between, and pip's newest.
 VERSIONS ?= oldest middle newest
 oldest := torch==2.11.0 torchvision==0.26.*
 middle := torch==2.14.1 torchvision==0.29.1
 newest := torch>=2.15 torchvision
 
-test-versions: ## the fast tests on the oldest, a middle and the newest PyTorch (VERSIONS=oldest)
+test-versions: ## run the fast tests on the oldest, a middle and the newest PyTorch (VERSIONS=oldest)
 	@status=0; $(foreach version,$(VERSIONS),echo "== $($(version))"; \
 	  $(MAKE) --no-print-directory test VENV="$(VENVS)/$(version)" REQUIREMENTS="$($(version))" \
 	    PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)' || status=1;) exit $$status
 
-lint: install ## ruff: lint and format
+lint: install ## run ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install ## mypy, strict, tests and benchmarks too
+types: install ## run strict mypy on packages, tests and benchmarks
 	$(BIN)/mypy --strict --explicit-package-bases kd teachers students tests benchmarks docs/figures.py
 
-bench: $(BENCH_STAMP) ## run each benchmark, one after the other
+bench: $(BENCH_STAMP) ## run all benchmarks, one after the other
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; PYTHONPATH=. $(PY) $$script; done
 
-clean: ## remove caches and build products; keep the environment and runs/
+clean: ## remove caches and build products, but not the environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kd teachers students tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
