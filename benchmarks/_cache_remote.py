@@ -1,4 +1,4 @@
-"""Simulated remote reads for `cache_formats.py`: fsspec from memory with a latency per request."""
+"""Simulated remote reads for `cache_formats.py`: fsspec files in memory with a request latency."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from benchmarks._cache_stores import (
     write_zarr,
 )
 
-HEAD = 4096  # bytes of a shard that hold its header and its ids
-AT_ONCE = 10  # requests side by side; zarr's default
-Look = Callable[[list[int]], list[np.ndarray]]  # a batch by its ids: an array a field
+HEAD = 4096  # bytes of a shard that contain its header and its ids
+AT_ONCE = 10  # concurrent requests; zarr's default
+Look = Callable[[list[int]], list[np.ndarray]]  # maps ids to a batch, one array per field
 
 
 class Remote(MemoryFileSystem):  # type: ignore[misc]
-    """Files in memory; the size of each answer is noted, and each takes a while."""
+    """An fsspec file system in memory that records the size of each read and delays it."""
 
     cachable = False
     latency = 0.0
@@ -55,7 +55,7 @@ def remote_zarr(files: Remote, root: str) -> Look:
 
 
 def remote_safetensors(files: Remote, root: str) -> Look:
-    """A request a shard to open, then one a field and record."""
+    """Open each shard with one request, then read each field of each record with one request."""
     pool = ThreadPoolExecutor(AT_ONCE)
     paths = files.glob(f"{root}/*.safetensors")
     heads = pool.map(lambda path: files.cat_file(path, start=0, end=HEAD), paths)
@@ -96,7 +96,7 @@ def measured(open_remote: Callable[[Remote, str], Look], root: str, lists: list[
 def remote(
     records: Records, folder: Path, orders: Iterable[list[int]], rounds: int, latency: float
 ) -> None:
-    """Write, put into memory, and look up batch after batch in one process."""
+    """Write a store, copy it into memory, and look up batch after batch in one process."""
     print(f"\nby requests of {latency * 1000:.0f} ms, batches of {BATCH}, {AT_ONCE} at a time")
     print(f"{'':26}{'open ms':>9}{'read/s':>9}{'requests/record':>17}{'bytes/record':>14}")
     stores: dict[str, Any] = {"safetensors": (write_safetensors, remote_safetensors)}

@@ -21,13 +21,13 @@ from kd.storage.store import Store
 SHARD, BATCH, BUFFER = 256, 32, 1000
 SHAPES = {"posterior": (80,), "map": (320, 12, 12)}
 DTYPES = {"F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
-Records = dict[str, np.ndarray]  # "id" and the fields of SHAPES, a row a record
+Records = dict[str, np.ndarray]  # "id" and the fields of SHAPES, one row per record
 Read = Callable[[int], Records]
 Batch = dict[str, Tensor]
 
 
 class Format(NamedTuple):
-    """How to write a folder, look records up, and stream it in its own order."""
+    """A storage format: write a folder, look records up, stream them in the format's order."""
 
     name: str
     package: str
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 
 def generated(count: int) -> Records:
-    """Random records; the ids neither begin at zero nor are in order."""
+    """Generate random records, with ids that neither start at zero nor are sorted."""
     random = np.random.default_rng(0)
     records = {"id": random.permutation(np.arange(count, dtype=np.int64) * 7919 + 2**40)}
     for name, shape in SHAPES.items():
@@ -107,7 +107,7 @@ def write_safetensors(records: Records, folder: Path) -> None:
 
 
 def verify(folder: Path) -> list[str]:
-    """The shards that are not as they were written."""
+    """Return the names of shards whose content does not match their checksum."""
     sums = json.loads((folder / "sha256.json").read_text())
     files = {name: folder / name for name in sums}
     return [
@@ -118,7 +118,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def parts_of(header: bytes) -> dict[str, tuple[np.dtype[Any], list[int], int, int]]:
-    """Data type, shape, first and last byte of each tensor, from a file's first bytes."""
+    """Read dtype, shape and first and last byte of each tensor from a file's header."""
     start = 8 + int.from_bytes(header[:8], "little")
     parts = json.loads(header[8:start])
     return {
@@ -214,7 +214,7 @@ def write_litdata(records: Records, folder: Path) -> None:
         cache[row] = {"id": int(key), **{name: records[name][row] for name in SHAPES}}
     cache.done()
     cache.merge(1)
-    np.save(folder / "ids.npy", records["id"])  # look-up is by position only
+    np.save(folder / "ids.npy", records["id"])  # records are looked up by position only
 
 
 def open_litdata(folder: Path) -> Read:

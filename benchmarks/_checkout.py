@@ -1,7 +1,7 @@
-"""A checkout's recipes and commands, and what things are called there, before a change or after.
+"""Run the commands and recipes of a checkout, and translate names that a change has renamed.
 
-For `same_losses.py`. A change that renames a recipe key, a run folder or a curve adds it to
-`RENAMED`; losses of an older checkout can then still be compared.
+For `same_losses.py`. A change that renames a recipe key, a run folder or a curve must add the name
+to `RENAMED`, so that the losses of an older checkout can still be compared.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-# What has another name now: old to new. A name is a key's place in recipes, a variant, a recipe, a
-# dataset, a folder of runs or a loss. Recordings of older checkouts have the new names too.
+# Renamed items, old to new: paths of recipe keys, variants, recipes, datasets, run folders and
+# losses. Recordings of older checkouts use the new names too.
 RENAMED = {
     "arms": "variants",
     "bare": "no_context",
@@ -26,13 +26,13 @@ RENAMED = {
     "train.pictures": "train.images",
 }
 OLD_NAMES = {new: old for old, new in RENAMED.items()}
-# Of each folder of configs/: the command that trains its recipes, and the flag that names one.
+# For each folder of configs/: the command that trains its recipes, and the flag for a recipe.
 COMMANDS = {
     "teacher": ("kd.train_teacher", "--teacher"),
     "distill": ("kd.distill", "--student"),
     "transfer": ("kd.transfer", "--task"),
 }
-# Datasets of recipes beside those that their files name.
+# Datasets of recipes that their files do not name.
 MORE_DATA = {
     "fasterrcnn_resnet18": ("coco_mini", "voc", "voc0712", "kitti"),
     "fasterrcnn_resnet18_context": ("coco_mini",),
@@ -42,10 +42,10 @@ MORE_DATA = {
     "pspnet_mobilenet_v2": ("cityscapes",),
 }
 ALL_VARIANTS = ("plain", "distilled", "no_context", "shuffled", "output_kd")
-SECONDS = 1800  # at most for a recipe
+SECONDS = 1800  # time limit for a recipe
 
-# Runs one command after the other, each in a process of its own, a copy of this one that has
-# imported all it needs: importing takes longer than training. Says how each has ended.
+# Run commands one after the other, each in a fork of this process, which has imported all modules:
+# importing takes longer than training. Report the exit status of each.
 SERVER = """
 import atexit, gc, importlib, json, os, runpy, signal, sys, traceback
 import kd
@@ -85,25 +85,25 @@ class Job:
     kind: str
     name: str
     data: str
-    own: bool = field(default=True, compare=False)  # whether that is the recipe's own dataset
+    own: bool = field(default=True, compare=False)  # whether `data` is the recipe's own dataset
 
     def __str__(self) -> str:
         return canonical(f"{self.kind}/{self.name}/{self.data}")
 
     @property
     def command(self) -> list[str]:
-        """The command that trains it, without settings."""
+        """Return the training command without settings."""
         module, flag = COMMANDS[self.kind]
         return [module, flag, self.name, "--data", self.data]
 
 
 def canonical(path: str) -> str:
-    """A path or tag, its parts by their new names."""
+    """Replace each part of a path or tag by its new name."""
     return "/".join(RENAMED.get(part, part) for part in path.split("/"))
 
 
 def with_new_keys(values: Any, place: str = "") -> Any:
-    """Nested settings, their keys by their new names."""
+    """Replace the keys of nested settings by their new names."""
     if not isinstance(values, dict):
         return values
     return {
@@ -115,7 +115,7 @@ def with_new_keys(values: Any, place: str = "") -> Any:
 
 
 def places(values: Any, place: str = "") -> set[str]:
-    """The places of all keys of nested settings."""
+    """Return the dotted paths of all keys in nested settings."""
     if not isinstance(values, dict):
         return set()
     below = [places(value, f"{place}{key}.") for key, value in values.items()]
@@ -123,7 +123,7 @@ def places(values: Any, place: str = "") -> set[str]:
 
 
 class Ended(NamedTuple):
-    """How a command has ended, and what it wrote."""
+    """Exit status and output of a finished command."""
 
     code: int
     out: str
@@ -131,12 +131,12 @@ class Ended(NamedTuple):
 
 
 class Server:
-    """A process that has the commands imported, and runs one at a time in a copy of itself.
+    """A process that has imported the commands and runs each in a fork, one at a time.
 
     Args:
         root: The checkout whose code runs.
-        work: An existing folder where it runs, and which has no code in it.
-        name: Of its files there.
+        work: Existing working folder without any code in it.
+        name: Name of the process's files in `work`.
     """
 
     def __init__(self, root: Path, work: Path, name: str) -> None:
@@ -173,22 +173,22 @@ class Server:
         return line
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
 
 class Checkout:
-    """The code and the recipes of a folder, and what things are called there.
+    """The code and recipes of a checkout, and the names that it uses.
 
     Args:
-        root: The folder.
-        work: An existing folder where commands run and write.
-        servers: How many run at a time.
+        root: The checkout's folder.
+        work: Existing folder in which commands run and write.
+        servers: Number of commands that run at a time.
     """
 
     def __init__(self, root: Path, work: Path, servers: int) -> None:
         self.root, self.work = root, work
-        self.names: set[str] = set()  # new names that are known there
+        self.names: set[str] = set()  # new names that the checkout knows
         self._free: queue.Queue[Server] = queue.Queue()
         for number in range(servers):
             self._free.put(Server(root, work, f"server{number}"))
@@ -207,7 +207,7 @@ class Checkout:
             self._free.get().close()
 
     def recipes(self) -> list[Job]:
-        """Every recipe with its own dataset and with each that it has settings for."""
+        """List every recipe with its own dataset and with each dataset that it has settings for."""
         found = []
         for kind in COMMANDS:
             for path in sorted((self.root / "configs" / kind).glob("*.yaml")):
@@ -220,7 +220,7 @@ class Checkout:
         return found
 
     def printed(self, command: list[str]) -> Config | str:
-        """What --print-config says, by new names; a text where the command is refused."""
+        """Return the output of --print-config with new names, or the error message."""
         code, out, errors = self.run([*command, "--print-config"])
         if code:
             return errors
@@ -230,7 +230,7 @@ class Checkout:
         return config
 
     def find_names(self, student: Job) -> None:
-        """Try which of the variants' names are the new ones, on a recipe of a student."""
+        """Find the new variant names that this checkout knows, by trying them on a recipe."""
         self.printed(student.command)
         key, tried = self.spelled("variants"), [new for new in ALL_VARIANTS if new in OLD_NAMES]
         for new in tried:
@@ -238,7 +238,7 @@ class Checkout:
             self.names |= set() if isinstance(answer, str) else {new}
 
     def spelled(self, new: str) -> str:
-        """What something, a key's place for example, is called in this checkout."""
+        """Return this checkout's name for a new name, such as the path of a key."""
         parts = new.split(".")
         upwards = [".".join(parts[: number + 1]) for number in range(len(parts))]
         names = [one if one in self.names else OLD_NAMES.get(one, one) for one in upwards]

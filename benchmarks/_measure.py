@@ -28,7 +28,7 @@ Step = Callable[[Batch], None]
 
 
 def resident(what: str) -> int:
-    """VmRSS or VmHWM of this process, bytes (Linux)."""
+    """Read VmRSS or VmHWM of this process in bytes (Linux only)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) * 1024
@@ -36,7 +36,7 @@ def resident(what: str) -> int:
 
 
 def peak_memory(work: Work, device: torch.device) -> int:
-    """Bytes that the work needs beyond what is held before it."""
+    """Return the bytes that `work` needs at its peak, beyond the memory in use before it."""
     work()
     gc.collect()
     if device.type == "cuda":
@@ -44,8 +44,10 @@ def peak_memory(work: Work, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the work is done in what was freed before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # otherwise the work reuses memory that was freed before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
@@ -60,8 +62,8 @@ def seconds(step: Step, batch: Batch) -> float:
 
 
 def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: int) -> float:
-    """Time the two in turns; the median of first / second."""
-    for batch in batches[:2]:  # caches, allocators, first kernels
+    """Time two functions in turns and return the median of first / second."""
+    for batch in batches[:2]:  # warm up caches, allocators and kernels
         first(batch)
         second(batch)
     times: list[tuple[float, float]] = []
@@ -79,7 +81,7 @@ def compare(name: str, first: Step, second: Step, batches: list[Batch], pairs: i
 
 
 def engine_step(model: AdaptedStudent, objective: Objective, train: Train) -> Step:
-    """The engine's step as `fit` takes it, log lines left out."""
+    """Return a function that takes one step as `fit` does, without log lines."""
     accelerator = make_accelerator("fp32")
     critics = modules_of(objective.terms, trained="critic")
     training = start_training(accelerator, model, train, 100_000, critics)

@@ -19,7 +19,7 @@ from kd.problems.base import Batch, Classes, Evaluator, Mean, Output, Rows, Task
 from kd.transforms.hide import normalise
 from kd.utils.images import read_image, resize
 
-SIDE, STRIDE, CHANNELS, BATCH, EPOCH = 128, 4, 32, 8, 100  # an epoch is a number of steps here
+SIDE, STRIDE, CHANNELS, BATCH, EPOCH = 128, 4, 32, 8, 100  # EPOCH is a number of steps
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Photos:
 
 
 def read_photos(root: Path, split: str) -> Photos:
-    """The middle squares of a split; the smaller of two objects lies on top."""
+    """Read the central squares of a split's images; smaller objects are drawn over larger ones."""
     file = root / "annotations" / f"instances_{split}2017.json"
     index = load_coco(file, root / f"{split}2017")
     groups = {c["id"]: c["supercategory"] for c in json.loads(file.read_text())["categories"]}
@@ -67,13 +67,13 @@ def _square(index: CocoIndex, image: int, group_of: Sequence[int]) -> tuple[Tens
     rows = np.arange(index.first[image], index.first[image + 1])
     for row in rows[np.argsort(-index.areas[rows], kind="stable")].tolist():
         painted[index.mask_of(row, size)] = group_of[index.labels[row]]
-    # The label of a place is that of the pixel in its middle.
+    # The label of a grid cell is that of its central pixel.
     places = torch.from_numpy(painted[window].copy())[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
     return resize(read_image(index.path(image), None), size)[:, *window].clone(), places.clone()
 
 
 class Order:
-    """Batches whose order and mirroring follow from the epoch."""
+    """Batches whose order and mirroring depend only on the epoch."""
 
     def __init__(self, photos: Photos) -> None:
         self.photos, self.epoch, self.start = photos, 0, 0
@@ -96,7 +96,7 @@ class Order:
 
 
 class Segmentation(Task):
-    """Label maps at the grid of the score maps; an image is a row."""
+    """Segmentation task with label maps on the grid of the score maps; each image is a row."""
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (normalise(batch["images"]),)
@@ -109,7 +109,7 @@ class Segmentation(Task):
         return output["logits"].mean(dim=(2, 3)).log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
-        """Nothing is evaluated here."""
+        """Raise an error: nothing is evaluated here."""
         raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ def block(inner: int, outer: int, stride: int = 1, dilation: int = 1) -> nn.Modu
 
 
 class Segmenter(nn.Module):
-    """Levels of a trunk, added up at the finest grid: features, then score maps."""
+    """Sum of a trunk's levels on the finest grid: features, then score maps."""
 
     def __init__(self, trunk: nn.Module, channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Segmenter(nn.Module):
 
 
 class Levels(nn.Module):
-    """MobileNetV2's maps at strides 4 to 32, its batch norms as ImageNet left them."""
+    """MobileNetV2's maps at strides 4 to 32, with ImageNet's batch norm statistics."""
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Levels(nn.Module):
 
 
 class Small(nn.Module):
-    """Seven convolutions, maps at strides 4 and 8."""
+    """Seven convolutions, with maps at strides 4 and 8."""
 
     channels = (32, 64)
 
@@ -173,7 +173,7 @@ class Small(nn.Module):
 
 
 class Answers:
-    """What a frozen teacher says of every image and its mirror image, asked once."""
+    """A frozen teacher's outputs for every image and its mirror image, computed once."""
 
     def __init__(self, teacher: nn.Module, photos: Photos) -> None:
         rows = torch.arange(len(photos.ids))
@@ -188,12 +188,12 @@ class Answers:
         self.outputs = {name: torch.cat(parts) for name, parts in outputs.items()}
 
     def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
-        """Both maps of each image of a batch."""
+        """Return both maps of each image in a batch."""
         return {name: known[batch["rows"]] for name, known in self.outputs.items()}
 
 
 def iou(model: nn.Module, photos: Photos) -> str:
-    """Mean IoU over the classes there are, and pixel accuracy."""
+    """Return the mean IoU over the classes that occur, and the pixel accuracy."""
     classes = len(photos.names)
     counts = torch.zeros(classes, classes)
     with evaluating(model), torch.no_grad():

@@ -1,6 +1,6 @@
-"""Each recipe of a checkout made small, trained by its command, and the losses that it leaves.
+"""Shrink each recipe of a checkout, train it with its command, and read its losses.
 
-For `same_losses.py`: which teachers and variants a recipe has, and what makes it small.
+For `same_losses.py`. Lists a recipe's teachers and variants, and the settings that shrink it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from benchmarks._checkout import (
 from benchmarks._tiny_data import TRAIN, VAL
 
 GENERATED = ("scenes", "scenes_maps", "scenes_gaze")
-# Pixels of images; detectors of larger objects than the scenes' see more.
+# Image sizes in pixels; detectors of objects larger than the scenes' get larger images.
 SMALL, OF_DETECTORS = 64, 96
-# Options of Faster R-CNN where a recipe leaves them at what images of 800 pixels need.
+# Options of Faster R-CNN for recipes that use the defaults, which suit images of 800 pixels.
 FEWER = {"candidates": [200, 100], "proposals": [100, 50], "sampled_regions": 64, "hidden": 256}
 BATCH, EPOCHS, SEED = 4, 2, 1  # the teachers' seed is 0
-TEACHER_SIZE = 160  # long side at which teachers of label maps see images, pixels
-COUNTED = ("eval/nll",)  # recorded of teachers that count and have no losses
-# Of torchvision, and of models whose names do not say it: random weights take ImageNet's place.
-LIGHTER = {"resnet101": "resnet18"}  # and in the place of these stand smaller ones
+TEACHER_SIZE = 160  # long side of the images of segmentation teachers, pixels
+COUNTED = ("eval/nll",)  # recorded for teachers that are fitted by counting and have no losses
+# torchvision trunks, and trunks of models not named after them: random weights replace ImageNet's.
+LIGHTER = {"resnet101": "resnet18"}  # smaller replacements
 TRUNKS = ("mobilenet_v2", "mobilenet_v3_large", "densenet121", "resnet18", "resnet50", "resnet101",
           "vgg16")  # fmt: skip
 UNNAMED = {"scene_transformer": "mobilenet_v2", "msinet": "vgg16", "resnet_pixel": "resnet18",
@@ -40,7 +40,7 @@ Losses = dict[str, list[float | None]]
 
 
 def teachers_of(job: Job, config: Config | str) -> dict[str, Job]:
-    """The teachers that a recipe needs, by the place in it that names a run."""
+    """Return a recipe's teachers by the dotted key that names their run."""
     if job.kind == "teacher" or isinstance(config, str):
         return {}
     needed = {"teacher.run": config["teacher"]}
@@ -49,9 +49,9 @@ def teachers_of(job: Job, config: Config | str) -> dict[str, Job]:
 
 
 def variants_of(job: Job, config: Config) -> list[str]:
-    """Every variant that a recipe of a student can have, by new names.
+    """List all variants of a student's recipe by their new names.
 
-    Those of its ablations on its own dataset alone.
+    Variants of ablations are included only on the recipe's own dataset.
     """
     finds, names_objects = (
         config["task"]["name"] == one for one in ("detection", "classification")
@@ -66,7 +66,7 @@ def variants_of(job: Job, config: Config) -> list[str]:
 
 
 def settings_of(job: Job, config: Config, checkout: Checkout) -> list[str]:
-    """What makes a recipe small, whatever it is of."""
+    """Return the settings that shrink a recipe of any kind."""
     data, work = config["data"], checkout.work
     made: dict[str, Any] = {"data.workers": 0, "data.root": str(work / "data" / job.data)}
     if job.data in GENERATED:
@@ -86,7 +86,9 @@ def settings_of(job: Job, config: Config, checkout: Checkout) -> list[str]:
     targets, batch, epochs = config.get("soft_targets", {}), BATCH, EPOCHS
     if "crop" in data:
         made["data.crop"] = [64, 96] if job.data == "camvid" else [64, 64]
-        if targets.get("kind") == "live":  # maps of stride 8, of which critics need 16 x 16
+        if (
+            targets.get("kind") == "live"
+        ):  # maps have stride 8, and critics need 16 x 16 of their cells
             made["data.crop"], batch, epochs = [128, 128], BATCH // 2, EPOCHS // 2
         elif targets and targets["score_stride"] is None:
             made["soft_targets.score_stride"] = 4
@@ -97,7 +99,7 @@ def settings_of(job: Job, config: Config, checkout: Checkout) -> list[str]:
     if targets.get("size"):
         made["soft_targets.size"] = TEACHER_SIZE
     if job.kind == "transfer" and "data.labelled" in made:
-        epochs *= 2  # images without labels are left out
+        epochs *= 2  # unlabelled images are left out
     train = {"epochs": epochs, "batch_size": batch, "log_every": 1, "evaluate_every": 0,
              "images": 0, "precision": "fp32"}  # fmt: skip
     made |= {f"train.{key}": value for key, value in train.items()}
@@ -112,7 +114,7 @@ def settings_of(job: Job, config: Config, checkout: Checkout) -> list[str]:
 
 
 def trunks_of(config: Config | str) -> dict[str, str]:
-    """The trunks that a recipe wants at ImageNet's weights, by the place that says so."""
+    """Return the trunks that a recipe initialises with ImageNet weights, by dotted key."""
     found: dict[str, str] = {}
     if isinstance(config, str):
         return found
@@ -135,12 +137,12 @@ def trunks_of(config: Config | str) -> dict[str, str]:
 
 
 def weights_file(trunk: str) -> Path:
-    """Where a trunk's random weights are, below the working folder."""
+    """Return the path of a trunk's random weights in the working folder."""
     return Path("weights") / f"{trunk}.pth"
 
 
 def train(job: Job, config: Config | str, checkout: Checkout) -> dict[str, Any]:
-    """Train a recipe in a process of its own; its losses by variant, or what went wrong."""
+    """Train a recipe in a separate process; return its losses by variant, or the error."""
     started, out = time.perf_counter(), run_folder(job, checkout.work)
     shutil.rmtree(out, ignore_errors=True)
     try:
@@ -153,14 +155,14 @@ def train(job: Job, config: Config | str, checkout: Checkout) -> dict[str, Any]:
 
 
 def trained(job: Job, config: Config | str, checkout: Checkout, out: Path) -> dict[str, Losses]:
-    """Train a recipe into a folder, its teachers' copies beside it; its losses by variant."""
+    """Train a recipe into a folder beside copies of its teachers; return its losses by variant."""
     if isinstance(config, str):
         raise RuntimeError(last_words(config))
     settings = settings_of(job, config, checkout)
     for place, teacher in teachers_of(job, config).items():
         if not is_trained(teacher, checkout.work):
             raise RuntimeError(f"its teacher failed: {teacher}")
-        # A copy, so that no two recipes write stored outputs into one folder.
+        # Copy the teacher, so that no two recipes cache outputs in the same folder.
         copy = out / "teachers" / place
         shutil.copytree(run_folder(teacher, checkout.work) / "run", copy)
         settings.append(f"{checkout.spelled(place)}={json.dumps(str(copy))}")
@@ -175,23 +177,23 @@ def trained(job: Job, config: Config | str, checkout: Checkout, out: Path) -> di
 
 
 def run_folder(job: Job, work: Path) -> Path:
-    """Where a recipe is trained."""
+    """Return the folder in which a recipe is trained."""
     return work / "runs" / str(job)
 
 
 def is_trained(job: Job, work: Path) -> bool:
-    """Whether a teacher is there for students."""
+    """Return whether a teacher's run is finished, so that students can use it."""
     return (run_folder(job, work) / "run" / "summary.json").is_file()
 
 
 def last_words(errors: str) -> str:
-    """What a command says is wrong."""
+    """Return the error message in a command's output."""
     lines = [line for line in errors.strip().splitlines() if line]
     return "; ".join([line for line in lines if line.startswith("error:")] or lines[-1:])
 
 
 def read_losses(out: Path) -> dict[str, Losses]:
-    """The losses below a run's folder by variant, under new names; None at steps without one."""
+    """Read a run's losses by variant, under new names; None at steps without a loss."""
     found = {}
     for path in sorted(out.rglob("metrics.jsonl")):
         parts = canonical(path.parent.relative_to(out).as_posix()).split("/")

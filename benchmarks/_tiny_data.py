@@ -1,7 +1,7 @@
-"""Tiny datasets of random shapes in every layout that recipes read; equal seeds write equal files.
+"""Write tiny random datasets in every layout that recipes read; equal seeds write equal files.
 
-Each image holds a few regular polygons whose colour says their class. What a layout adds, boxes,
-label maps or fixations, follows from the same shapes.
+Each image contains a few regular polygons whose colour shows their class. Boxes, label maps and
+fixations are derived from the same shapes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
 TRAIN, VAL = 40, 8  # images
-COCO_IDS = (1, 3, 7, 18, 44, 90)  # with gaps, as COCO's own
+COCO_IDS = (1, 3, 7, 18, 44, 90)  # with gaps, like COCO's
 VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus")
 KITTI_NAMES = ("Car", "Pedestrian", "Cyclist", "Van", "Person_sitting", "Truck", "DontCare")
-CAMVID = tuple(range(12))  # ids in label maps, of nothing (void) too
+CAMVID = tuple(range(12))  # ids in label maps, including void
 CITYSCAPES = tuple(range(34))
 ADE20K = tuple(range(151))
 VOC2012 = (*range(21), 255)
@@ -33,7 +33,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shapes:
-    """An image and what is on it: a class and corners of each shape."""
+    """An image and its shapes, each with a class and corners."""
 
     number: int
     image: Image.Image
@@ -51,14 +51,14 @@ class Shapes:
             yield label, (min(xs), min(ys), max(xs), max(ys))
 
     def label_map(self, ids: Sequence[int]) -> Image.Image:
-        """The id of each pixel's class; the first id is that of the ground."""
+        """Draw the id of each pixel's class; the first id is the background's."""
         drawn = Image.new("L", self.image.size, ids[0])
         for label, corners in self.objects:
             ImageDraw.Draw(drawn).polygon(corners, fill=ids[label])
         return drawn
 
     def looked_at(self) -> NDArray[np.int64]:
-        """Fixations of four people, most of them on shapes: rows of person, x, y in pixels."""
+        """Draw four people's fixations, most of them on shapes: rows of person, x, y in pixels."""
         random, rows = np.random.default_rng(10_000 + self.number), []
         centres = [np.mean(corners, axis=0) for _, corners in self.objects]
         for person in range(4):
@@ -69,7 +69,7 @@ class Shapes:
         return np.clip(np.array(rows), 0, limits).astype(np.int64)
 
     def density(self) -> Image.Image:
-        """The fixations blurred, brightest at 255."""
+        """Blur the fixations and scale them to a maximum of 255."""
         there = np.zeros(self.size)
         for _, x, y in self.looked_at().tolist():
             there[y, x] += 1
@@ -78,7 +78,7 @@ class Shapes:
 
 
 def shapes(number: int, classes: int, sizes: Sequence[tuple[int, int]] = ONE_SIZE) -> Shapes:
-    """Image `number`, with two to four shapes that do not overlap."""
+    """Generate image `number`, with two to four shapes that do not overlap."""
     random = np.random.default_rng(number)
     height, width = sizes[number % len(sizes)]
     ground = random.integers(90, 160, 3) + random.integers(-20, 20, (height, width, 1))
@@ -103,24 +103,24 @@ def shapes(number: int, classes: int, sizes: Sequence[tuple[int, int]] = ONE_SIZ
 def several(
     split: int, count: int, classes: int, sizes: Sequence[tuple[int, int]] = ONE_SIZE
 ) -> list[Shapes]:
-    """All images of a split; no two splits share a number."""
+    """Generate all images of a split; no two splits share a number."""
     return [shapes(1000 * (split + 1) + place, classes, sizes) for place in range(count)]
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write an image, its folder too."""
+    """Write an image, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=95)  # which PNGs do without
+    image.save(path, quality=95)  # PNG ignores `quality`
 
 
 def write(path: Path, lines: Sequence[str]) -> None:
-    """Write lines of text, the folder too."""
+    """Write lines of text, and create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def coco(root: Path) -> None:
-    """COCO 2017: polygons, and a crowd on each image whose number a tenth divides."""
+    """Write COCO 2017: polygons, and a crowd on every tenth image."""
     for split, (name, count) in enumerate({"train2017": TRAIN, "val2017": VAL}.items()):
         images, objects = [], []
         for one in several(split, count, len(COCO_IDS), MANY_SIZES):
@@ -135,7 +135,7 @@ def coco(root: Path) -> None:
 
 
 def coco_objects(one: Shapes) -> list[dict[str, Any]]:
-    """The annotations of an image."""
+    """Return the annotations of an image."""
     found = []
     for place, ((label, corners), (_, (x1, y1, x2, y2))) in enumerate(
         zip(one.objects, one.boxes(), strict=True)
@@ -154,7 +154,7 @@ def coco_objects(one: Shapes) -> list[dict[str, Any]]:
 
 
 def runs(mask: Image.Image) -> list[int]:
-    """COCO's run lengths of a mask: zeros first, column by column."""
+    """Return COCO's run lengths of a mask: zeros first, in column order."""
     flat = np.concatenate([[0], np.asarray(mask).flatten(order="F"), [2]])
     return np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()  # type: ignore[no-any-return]
 
@@ -220,12 +220,14 @@ def voc(root: Path) -> None:
 
 
 def kitti(root: Path) -> None:
-    """KITTI's boxes, regions that nobody cares for among them."""
+    """Write KITTI's boxes, with some `DontCare` regions."""
     for split, (name, count) in enumerate({"train": TRAIN, "val": VAL}.items()):
         made = several(split, count, len(KITTI_NAMES))
         for one in made:
             save(one.image, root / "training" / "image_2" / f"{one.number:06d}.png")
-            lines = [f"Car 0 0 0 {2 + split} 2 20 24 1 1 1 1 1 1 0"]  # one at least is of a class
+            lines = [
+                f"Car 0 0 0 {2 + split} 2 20 24 1 1 1 1 1 1 0"
+            ]  # at least one object has a class
             for label, box in one.boxes():
                 sides = " ".join(f"{value:.2f}" for value in box)
                 lines.append(f"{KITTI_NAMES[label]} 0 0 0 {sides} 1 1 1 1 1 1 0")
@@ -280,14 +282,14 @@ def cat2000(root: Path) -> None:
 
 
 def fixated(one: Shapes) -> NDArray[np.bool_]:
-    """Where somebody looked, (H, W)."""
+    """Return a mask of the fixated pixels, (H, W)."""
     there = np.zeros(one.size, bool)
     _, x, y = one.looked_at().T
     there[y, x] = True
     return there
 
 
-# Recipes' names of datasets; coco and coco_mini are of the same layout, voc and voc0712 too.
+# Writers by the recipes' dataset names; coco and coco_mini share a layout, as do voc and voc0712.
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "coco": coco, "coco_mini": coco, "camvid": camvid, "cityscapes": cityscapes, "ade20k": ade20k,
     "voc2012": voc2012, "voc": voc, "voc0712": voc, "kitti": kitti, "osie": osie,

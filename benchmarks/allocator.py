@@ -1,8 +1,8 @@
 """Benchmark reusing freed memory on a CPU (`kd.utils.malloc`): time and peak memory.
 
-The same work runs in separate processes in turn, with glibc's defaults and with the setting of our
-commands: inference of MobileNetV2, and training steps of ResNet-18. CPU time including the system's
-is compared, since the loss is the system's zeroing of pages.
+Inference of MobileNetV2 and training steps of ResNet-18 run in separate processes in turn, with
+glibc's defaults and with the setting of kd's commands. CPU time is compared, including the
+system's, because most of the loss is memory that the system sets to zero.
 
     python benchmarks/allocator.py [--size 384] [--batch-size 16] [--steps 4] [--rounds 3]
 """
@@ -27,13 +27,13 @@ Step = Callable[[], object]
 
 
 def answering(images: torch.Tensor) -> Step:
-    """Answers of MobileNetV2, as posteriors are made."""
+    """Return a function that runs MobileNetV2 as for computing posteriors."""
     network = mobilenet_v2().eval().to(memory_format=torch.channels_last).requires_grad_(False)
     return lambda: network(images)
 
 
 def training(images: torch.Tensor) -> Step:
-    """Steps of ResNet-18."""
+    """Return a function that trains ResNet-18 for one step."""
     network = resnet18(num_classes=80).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     labels = torch.randint(80, (len(images),))
@@ -50,7 +50,7 @@ WORK = {"answering": answering, "training": training}
 
 
 def measure_here(options: argparse.Namespace) -> None:
-    """CPU seconds of a step and the peak of memory, printed for the process that asked."""
+    """Print CPU seconds per step and peak memory, for the parent process."""
     if options.kept and not keep_freed_memory():
         raise SystemExit("this C library is not glibc, or glibc is tuned already")
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def measure_here(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, work: str, kept: bool) -> tuple[float, float]:
-    """The same in a process of its own."""
+    """Measure in a separate process."""
     names = ("size", "batch_size", "steps", "threads")
     flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     command = [sys.executable, __file__, "--work", work, *flags, *(["--kept"] if kept else [])]
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, work: str, kept: bool) -> tuple[float, 
 
 
 def main() -> int:
-    """Print a line for each kind of work."""
+    """Print one line per kind of work."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -1,21 +1,21 @@
 """Compare formats for caches of teacher outputs: writing, random access, corruption, requests.
 
 A record has an int64 id, a `posterior` float16 (80,) and a `map` float16 (320, 12, 12), half of it
-zero: 92 kB. Training looks records up by id, in a new order each epoch that depends on seed, epoch
-and position only. Shards hold 256 records.
+zero: 92 kB. Training looks records up by id, in an order per epoch that depends only on seed, epoch
+and position. Shards contain 256 records.
 
-files        one torch.save a record, torch.load(weights_only=True): what the others are held to
-zarr         v3, sharded, a chunk a record: as bytes, with its default zstd, with crc32c
-safetensors  tensors of 256 records, a sha256 a shard beside them; read through a memory map at the
-             header's offsets, and through safe_open().get_slice
+files        one torch.save per record, torch.load(weights_only=True): the baseline
+zarr         v3, sharded, one chunk per record: raw, with its default zstd, with crc32c
+safetensors  256 records per file, with a sha256 per file; read by offset through a memory map,
+             and with safe_open().get_slice
 webdataset   tar shards; no look-up, so its own shuffle: shards, then a buffer of 1,000 records
-litdata      chunks; by index, one record decoded at a time, and its own shuffled stream
+litdata      chunks; by index, decoding one record at a time, and as its own shuffled stream
 
 Speeds are medians of rounds in which the formats take turns. The files are in the page cache: just
-written, without fsync, and read for one epoch before the one that counts. All records are compared
-with what was written; `open` includes a first record. Then a byte of the largest file is flipped,
-the file cut in half, removed: what does a reader notice? Last, look-ups through fsspec from memory,
-where each request takes as long as `--latency` says.
+written, without fsync, and read for one epoch before the measured one. All records are compared
+with what was written. The time to open includes reading a first record. Then the largest file is
+damaged (a byte flipped, cut in half, removed) to see what a reader notices. Last, records are
+looked up through fsspec from memory, where each request takes `--latency`.
 
     python -m benchmarks.cache_formats [--records 3000] [--reads 256] [--rounds 3] [--workers 2]
 """
@@ -57,12 +57,12 @@ from benchmarks._cache_stores import (
     write_safetensors,
 )
 
-SECONDS = 1.0  # a speed is measured over at least as long
-DAMAGED = 512  # records of a store that is to be damaged
+SECONDS = 1.0  # least duration of a speed measurement
+DAMAGED = 512  # records of the store that is damaged
 
 
 class Order:
-    """Lists of ids: each time it is gone through, the next epoch's order."""
+    """Lists of ids in the order of an epoch; each iteration yields the next epoch."""
 
     def __init__(self, ids: np.ndarray, reads: int) -> None:
         self.ids, self.reads, self.epoch = ids, reads, 0
@@ -74,7 +74,7 @@ class Order:
 
 
 class Batches(Dataset[Batch]):
-    """Batches looked up by lists of ids; opened in the process that reads."""
+    """Batches of records, looked up by lists of ids; the store is opened in the reading process."""
 
     def __init__(self, form: Format, folder: Path) -> None:
         self.form, self.folder = form, folder
@@ -90,7 +90,7 @@ class Batches(Dataset[Batch]):
 
 
 def batches(form: Format, folder: Path, ids: np.ndarray, reads: int, workers: int) -> Iterable[Any]:
-    """An epoch each time it is gone through."""
+    """Yield an epoch of batches per iteration."""
     if form.stream is not None:
         return form.stream(folder, workers)
     options: Any = {"num_workers": workers, "persistent_workers": workers > 0}
@@ -98,7 +98,7 @@ def batches(form: Format, folder: Path, ids: np.ndarray, reads: int, workers: in
 
 
 def wrong(records: Records, read: Iterable[Any]) -> tuple[int, int]:
-    """How many records were read, and how many of them differ from what was written."""
+    """Count the records that were read, and those that differ from what was written."""
     row_of, total, differ = rows_of(records["id"]), 0, 0
     for batch in read:
         rows = [row_of[key] for key in batch["id"].tolist()]
@@ -111,7 +111,7 @@ def wrong(records: Records, read: Iterable[Any]) -> tuple[int, int]:
 
 
 def speed(read: Iterable[Batch], seconds: float) -> tuple[float, float]:
-    """Records a second, and microseconds of this process's CPUs for each, over whole epochs."""
+    """Measure records and CPU microseconds per record in this process, over whole epochs."""
     start, cpu, count, took = time.perf_counter(), time.process_time(), 0, 0.0
     while not count or took < seconds:
         count += sum(len(batch["id"]) for batch in read)
@@ -120,7 +120,7 @@ def speed(read: Iterable[Batch], seconds: float) -> tuple[float, float]:
 
 
 def opened(form: Format, folder: Path, records: Records) -> float:
-    """Milliseconds to open and to have a first record, or a stream's first batch."""
+    """Measure milliseconds to open and read a first record, or a stream's first batch."""
     start = time.perf_counter()
     if form.lookup is not None:
         form.lookup(folder)(int(records["id"][-1]))
@@ -132,7 +132,7 @@ def opened(form: Format, folder: Path, records: Records) -> float:
 def timed(
     form: Format, folder: Path, records: Records, reads: int, workers: int, check: bool
 ) -> dict[str, float]:
-    """One round of one format, from nothing to a folder that goes away again."""
+    """Run one round of one format, from writing to deleting its folder."""
     ids, numbers = records["id"], {}
     folder.mkdir()
     start = time.perf_counter()
@@ -165,7 +165,7 @@ def halve(path: Path) -> None:
 
 
 def noticed(form: Format, folder: Path, records: Records, harm: Callable[[Path], None]) -> str:
-    """What a reader of all records sees after harm to the largest file."""
+    """Report what a reader of all records notices when the largest file is damaged."""
     folder.mkdir()
     form.write(records, folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -185,7 +185,7 @@ def noticed(form: Format, folder: Path, records: Records, harm: Callable[[Path],
 
 
 def report(rounds: dict[str, list[dict[str, float]]]) -> None:
-    """Medians; for reading, the range over the rounds and the ratio to one file a record."""
+    """Print medians; for reading also the range, and the ratio to one file per record."""
     heads = ("write/s", "B/record", "open ms", "CPU us/read")
     print(f"\n{'':24}" + "".join(f"{head:>12}" for head in heads), end="")
     print("".join(f"{head:>22}{'ratio':>7}" for head in ("read/s (range)", "workers (range)")))
@@ -203,7 +203,7 @@ def report(rounds: dict[str, list[dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    """Measure, and print the tables."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--records", type=int, default=3000)
     parser.add_argument("--reads", type=int, default=256, help="look-ups an epoch")

@@ -1,10 +1,10 @@
 """Compare a distilled step from a cache with a plain step, loading included, and report cache size.
 
 Student resnet18 on 128-pixel scenes with every object hidden, batches of 32, two workers. The
-distilled side learns from cached posteriors (context_logits) and a cached layer of a CNN teacher
-(hint, through a resizing adapter), whose maps the workers read, transform with the image and
-collate. Both sides run whole epochs through `fit`'s step, in turn; reported is the median of paired
-ratios.
+distilled student learns from cached posteriors (context_logits) and a cached layer of a CNN teacher
+(hint, through a resizing adapter). The workers read the layer's maps, transform them with the image
+and collate them. Both students train for whole epochs in turn, with `fit`'s step. The result is the
+median of paired ratios.
 
     python benchmarks/cached_step.py [--rounds 5] [--images 512] [--workers 2]
 """
@@ -45,7 +45,7 @@ GOAL, BATCH, LAYER, SEEN = 1.10, 32, "features.4", "trunk.trunk.layer3"
 
 
 def section(folder: Path, images: int, workers: int) -> ObjectsSection:
-    """Scenes, flipped at random."""
+    """Return the data section: scenes, flipped at random."""
     still = dict.fromkeys(("shift", "rotate"), 0.0)
     return ObjectsSection(
         name="bench",
@@ -60,7 +60,7 @@ def section(folder: Path, images: int, workers: int) -> ObjectsSection:
 
 
 def cached(data: ObjectsDataset, folder: Path) -> dict[str, CachedField]:
-    """A teacher of random weights, asked once."""
+    """Cache the outputs of a teacher with random weights."""
     torch.manual_seed(0)
     recipe = TeacherRecipe(
         data=data.section,
@@ -74,7 +74,7 @@ def cached(data: ObjectsDataset, folder: Path) -> dict[str, CachedField]:
 
 
 def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callable[[int], float]:
-    """A training; called with an epoch it runs that and gives the seconds a step."""
+    """Return a function that trains for one epoch and returns the seconds per step."""
     accelerator, task = make_accelerator("fp32"), Classification(num_classes=data.num_classes)
     fields = [kept[LAYER]] if kept else []
     dataset = data.samples("train", train=True, epochs=100, cached=fields)
@@ -113,7 +113,7 @@ def epochs(data: ObjectsDataset, kept: dict[str, CachedField] | None) -> Callabl
 
 
 def main() -> int:
-    """Print the ratio and the sizes; 1 where the goal is missed."""
+    """Print the ratio and the sizes; return 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=512)

@@ -1,8 +1,8 @@
 """Measure time and memory of a COCO index of the size of the training set.
 
-Generates a JSON of COCO train2017's size, builds its index, opens it in a fresh process, and
-measures the memory of that process and of two workers. Linux only (proportional set size); needs
-about 1 GB of disk.
+Generate a JSON file of COCO train2017's size, build its index, open the index in a new process, and
+measure the memory of that process and of two workers. Linux only (proportional set size); needs
+about 1 GB of disk space.
 
     python benchmarks/coco_index.py [--images 118287] [--objects 860001] [--folder DIR]
 """
@@ -28,7 +28,7 @@ MEAN_CORNERS = 22  # gives a JSON of COCO's size, 448 MB
 
 
 def write_json(path: Path, images: int, objects: int) -> None:
-    """Write a COCO JSON with random star-shaped polygons, from a pool of shapes."""
+    """Write a COCO JSON file with random star-shaped polygons, drawn from a pool of shapes."""
     rng = np.random.default_rng(0)
     pool = [_shape(rng) for _ in range(SHAPES)]
     of_image = np.sort(rng.integers(images, size=objects))
@@ -66,7 +66,7 @@ def _shape(rng: np.random.Generator) -> str:
 
 
 def open_once(json_file: Path, images: Path) -> None:
-    """Load, and print what it took; in a process of its own, so that its memory is its own."""
+    """Open the index in this separate process; print its time and memory."""
     from kd.formats.coco import load_coco
 
     before = _megabytes()
@@ -89,7 +89,7 @@ def open_once(json_file: Path, images: Path) -> None:
     for worker in workers:
         worker.start()
     for ours, _ in pipes:
-        ours.recv()  # both hold every page by now
+        ours.recv()  # both have read every page by now
     for number, (ours, _) in enumerate(pipes):
         ours.send("measure")
         print(f"  worker {number}, all pages read: {_line(ours.recv())}")
@@ -119,7 +119,7 @@ def _line(megabytes: tuple[float, float, float]) -> str:
 
 
 def main() -> None:
-    """Generate, build, open again."""
+    """Generate the file, build the index and open it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--objects", type=int, default=860_001)

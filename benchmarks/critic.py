@@ -1,20 +1,19 @@
 """Test the stability of the critic: 2,000 steps of the segmentation recipe on photographs.
 
-A small student at random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
-10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay, the critic as
-kd.config.recipes
-has it; the student's gradient is not clipped. Images are squares of 128 pixels of coco_mini,
-score maps have 32 x 32 places and 13 classes: COCO's twelve groups and the background.
+A small student with random weights learns from a teacher on ImageNet's MobileNetV2: cross-entropy +
+10 pixel_wise + 0.5 pair_wise + 0.1 holistic; SGD at 1e-2 with poly decay; the critic with the
+defaults of kd.config.recipes; the student's gradient is not clipped. Images are 128-pixel squares
+of coco_mini. Score maps have 32 x 32 cells and 13 classes: COCO's twelve groups and background.
 
     KD_DATA=DATA python benchmarks/critic.py --out DIR [--steps 2000]
     KD_DATA=DATA python benchmarks/critic.py --out DIR --stress [--steps 300]
     KD_DATA=DATA python benchmarks/critic.py --out DIR --time
 
 The first call trains the teacher and stores it in DIR. An interrupted run resumes from its
-checkpoint; `metrics.jsonl` grows as it runs, and `judged.npz` holds score maps and the critic's
-scores of them, which `docs/figures.py` draws. With --stress each setting of STRESS has its own
-short run, at the rates of the first steps of 2,000; with --time steps with and without the critic
-take turns.
+checkpoint. `metrics.jsonl` is written during the run, and `judged.npz` contains score maps and the
+critic's scores of them for `docs/figures.py`. --stress makes a short run with each setting of
+STRESS, at the learning rates of the first of 2,000 steps. --time compares steps with and without
+the critic, in turns.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ LESSONS = Train(
     channels_last=False, precision="fp32",
 )  # fmt: skip
 ADAM: dict[str, Any] = {"name": "adam", "lr": 4e-4, "momentum": 0.0, "weight_decay": 0.0}
-# What is changed of the critic: its optimiser, and options of its term.
+# Changes of the critic: its optimiser, and options of its term.
 STRESS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "rate x 100": ({"lr": 4e-2}, {}),
     "rate x 10": ({"lr": 4e-3}, {}),
@@ -88,7 +87,7 @@ def begin(
     answers: Answers, optimizer: Mapping[str, float], options: Mapping[str, float], *,
     critic: bool = True,
 ) -> tuple[Training, Objective]:  # fmt: skip
-    """A student, its critic and the recipe, always from the same random numbers."""
+    """Create a student, its critic and the recipe, always from the same random numbers."""
     torch.manual_seed(0)
     terms = [
         build_term(TermSection(name="pixel_wise", weight=10.0, student="logits")),
@@ -115,7 +114,7 @@ def begin(
 
 
 class Watch:
-    """Largest gradient norms since the last line, and what the critic thinks of unseen images."""
+    """Records the largest gradient norms since the last line, and scores of unseen images."""
 
     def __init__(self, training: Training, val: Photos, answers: Answers, file: Path) -> None:
         self.training, self.file = training, file
@@ -133,7 +132,7 @@ class Watch:
         self.norms[who] = float(np.maximum(self.norms[who], norm.item()))  # keeps a NaN
 
     def line(self, values: Mapping[str, float], step: int) -> None:
-        """Add a line to the file."""
+        """Append a line to the file."""
         if not values:
             return
         adversary = self.training.critics[0].adversary
@@ -156,7 +155,7 @@ class Watch:
 def run(
     folder: Path, training: Training, objective: Objective, train: Photos, watch: Watch, steps: int
 ) -> str:
-    """Train for so many steps, or to what stops it and return a summary."""
+    """Train for some steps or until training stops with an error, and return a summary."""
     last = folder / "last.pt"
     if last.is_file():
         resume_training(training, last)
@@ -179,7 +178,7 @@ def run(
 
 
 def taught(out: Path, weights: Path, train: Photos) -> nn.Module:
-    """The teacher, from DIR or trained now."""
+    """Load the teacher from DIR, or train it."""
     torch.manual_seed(0)
     levels = Levels(weights)
     teacher = Segmenter(levels, levels.channels, len(train.names))
@@ -204,7 +203,7 @@ def taught(out: Path, weights: Path, train: Photos) -> nn.Module:
 def write_judged(
     folder: Path, val: Photos, answers: Answers, training: Training, adversary: Adversary
 ) -> None:
-    """Score maps of both sides, early and late, and what the trained critic thinks of each."""
+    """Save score maps of teacher and student, early and late, with the trained critic's scores."""
     rows = torch.arange(len(val.ids))
     student = training.exported
     states = {"student": copy.deepcopy(student.state_dict())}
@@ -227,7 +226,7 @@ def write_judged(
 
 
 def time_steps(answers: Answers, train: Photos, pairs: int = 15) -> str:
-    """Median seconds of a step with and without the critic, in turns."""
+    """Measure the median seconds of a step with and without the critic, in turns."""
     sides = [begin(answers, {}, {}, critic=critic) for critic in (True, False)]
     batches = list(Order(train))[: pairs + 2]
     times: list[tuple[float, ...]] = []

@@ -2,14 +2,14 @@
 
     python benchmarks/data_pipeline.py [--images 48] [--rounds 5]
 
-The published one, with albumentations and OpenCV: read a 640 px JPEG, LongestMaxSize 384,
+The published pipeline uses albumentations and OpenCV: read a 640 px JPEG, LongestMaxSize 384,
 PadIfNeeded, the augmentations, normalise to float, hide one object's box, fill a dense
-91 x 384 x 384 float target from the boxes, and collate. Ours does the same twice over: `host` up
-to the batch that a loader hands out, and `host + device` with normalising, hiding and the dense
-target on the same core, where a GPU would do them. CPU time of one thread; the variants take turns.
+91 x 384 x 384 float target from the boxes, and collate. Ours is measured in two ways: `host` up to
+the loader's batch, and `host + device` including normalising, hiding and the dense target, which a
+GPU would normally do, on the same core. CPU time of one thread; the variants take turns.
 
 Photographs come from coco_mini (`KD_DATA`, or ../shared/data), enlarged to 640 px with camera-like
-noise so that the files are as large as COCO's; without it, from a generator.
+noise so that the files are as large as COCO's. Without coco_mini, images are generated.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from kd.utils.images import scaled_size
 
 SOURCE, SIZE, CLASSES, BATCH = 640, 384, 91, 8
 NOISE = 7.0  # standard deviation; gives files of about 100 kB, COCO's are 50 to 250
-AUGMENT = {"crop": 0.1, "crop_scale": (0.8, 1.0)}  # their scaling; the rest as by default
+AUGMENT = {"crop": 0.1, "crop_scale": (0.8, 1.0)}  # scaling as published, otherwise defaults
 Round = Callable[[int], int]
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def variants(index: CocoIndex, copy: Path) -> dict[str, Round]:
-    """What to time: each takes an epoch and returns how many images it made."""
+    """Return the functions to time; each runs an epoch and returns its number of images."""
     return {
         "published (albumentations, OpenCV)": published(index, dense=True),
         "published, without the dense target": published(index, dense=False),
@@ -75,7 +75,7 @@ def variants(index: CocoIndex, copy: Path) -> dict[str, Round]:
 
 
 def measure(rounds_of: dict[str, Round], rounds: int) -> dict[str, float]:
-    """Median images per second of CPU time; the variants take turns."""
+    """Measure the median number of images per second of CPU time, in turns."""
     speeds: dict[str, list[float]] = {name: [] for name in rounds_of}
     for epoch in range(rounds + 1):
         for name, run in rounds_of.items():
@@ -97,9 +97,9 @@ def report(index: CocoIndex, speeds: dict[str, float]) -> None:
 
 
 def published(index: CocoIndex, *, dense: bool) -> Round:
-    """The same work as the published code does, one image after another."""
+    """Run the published code's pipeline, one image after another."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ShiftScaleRotate is deprecated there, but what they use
+        warnings.simplefilter("ignore")  # ShiftScaleRotate is deprecated but part of the baseline
         transform = A.Compose(
             [
                 A.LongestMaxSize(SIZE),
@@ -149,7 +149,7 @@ def published(index: CocoIndex, *, dense: bool) -> Round:
 
 
 def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
-    """This project's loader, without workers; with `device`, what a GPU would do as well."""
+    """Run this project's loader without workers; with `device`, also the work of a GPU."""
     dataset = ObjectSamples(index, size=SIZE, augment=AUGMENT, prepared=copy)
     loader = SampleLoader(dataset, batch_size=BATCH, seed=0, shuffle=True)
     memory = torch.empty(BATCH, CLASSES, SIZE, SIZE, dtype=torch.bool)
@@ -165,7 +165,7 @@ def ours(index: CocoIndex, copy: Path | None, *, device: bool) -> Round:
 
 
 def on_device(batch: dict[str, torch.Tensor], memory: torch.Tensor) -> None:
-    """Normalise, hide, and draw the dense target."""
+    """Normalise, hide objects and draw the dense target."""
     image_of = batch["image_of"]
     hide(normalise(batch["images"]), image_of[batch["hidden"]], regions_of(batch))
     boxes, labels, count = batch["boxes"], batch["labels"], len(batch["images"])
@@ -207,7 +207,7 @@ def write_photographs(folder: Path, count: int) -> CocoIndex:
 def generated(
     count: int, random: np.random.Generator
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[Image.Image]]:
-    """Random smooth images with seven random boxes each, as many as COCO has."""
+    """Generate smooth random images with seven random boxes each, as many as in COCO."""
     coarse = random.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
     opened = [Image.fromarray(grid).resize((384, 288), Image.Resampling.BICUBIC) for grid in coarse]
     entries = [

@@ -2,12 +2,12 @@
 
 Student and teacher are Faster R-CNNs on pyramids of five levels, with imitation on each level:
 
-step      the engine's step against the bare passes: the teacher's forward to its pyramid, the
-          student's both ways through its own losses, its optimiser; adapters are the engine's
-          alone, or (`--with-adapters`) the bare side's as well
+step      the engine's step against bare passes: the teacher's forward pass to its pyramid, the
+          student's forward and backward passes with its own losses, and its optimiser; the bare
+          side runs adapters only with `--with-adapters`
 masks     the masks of all levels, from the batch's boxes, against the same bare step
 
-The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
+The two sides of a pair alternate and swap their order. The result is the median of paired ratios.
 
     python benchmarks/detection_step.py [--size 256] [--batch-size 4] [--boxes 7] [--pairs 10]
         [--student fasterrcnn_resnet18] [--teacher fasterrcnn_resnet50] [--with-adapters]
@@ -38,8 +38,8 @@ from kd.problems.detection.task import Detection
 from kd.runs.build import make_accelerator
 
 CLASSES, CHANNELS = 20, 256
-# So small that both sides keep their weights: the time of a detector's step goes with the number of
-# its proposals, and sides that learned different things would not be compared in their work.
+# So small that weights hardly change: the time of a detector's step depends on the number of its
+# proposals, so two sides with different weights would not do the same work.
 RATE = 1e-12
 STEP_GOAL, MASK_GOAL = 1.05, 0.01
 TRAIN = Train(
@@ -52,7 +52,7 @@ LAYERS = [f"network.backbone.{name}" for name in ("0", "1", "2", "3", "pool")]
 
 
 def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Student and frozen teacher."""
+    """Build student and frozen teacher."""
     torch.manual_seed(0)
     student, teacher = (
         DETECTORS[name].load()(num_classes=CLASSES)
@@ -64,12 +64,12 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
 
 def adapters(device: torch.device) -> dict[str, nn.Module]:
-    """Of each level, as the recipes have them."""
+    """Build an adapter for each level, as in the recipes."""
     return {layer: Conv3x3(CHANNELS, CHANNELS, relu=False).to(device) for layer in LAYERS}
 
 
 def terms() -> list[Term]:
-    """Imitation on each level."""
+    """Build an imitation term for each level."""
     return [
         build_term(
             TermSection(
@@ -81,14 +81,14 @@ def terms() -> list[Term]:
 
 
 def task_of(student: nn.Module) -> Detection:
-    """The task of a detector."""
+    """Return the task of a detector."""
     levels, units = student.levels, student.loss_units
     assert isinstance(levels, tuple) and isinstance(units, Mapping)
     return Detection(num_classes=CLASSES, levels=levels, loss_units=units)
 
 
 def by_engine(options: argparse.Namespace, device: torch.device) -> Step:
-    """The engine's step as `fit` takes it, log lines left out."""
+    """Return the engine's step as `fit` takes it, without log lines."""
     student, teacher = networks(options, device)
     task = task_of(student)
     asked = Detection(num_classes=CLASSES, wanted="features")
@@ -98,7 +98,7 @@ def by_engine(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
-    """Forward and backward of the two detectors, and nothing that imitation adds to them."""
+    """Return the forward and backward passes of both detectors, without any part of imitation."""
     student, teacher = networks(options, device)
     task, own = task_of(student), nn.ModuleList(adapters(device).values())
     with_adapters = options.with_adapters
@@ -115,7 +115,7 @@ def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
         output = student(images, *inputs[1:])
         loss = torch.stack([mean.value for mean in task.losses(output, batch).values()]).sum()
         features = taps.collect()
-        if with_adapters:  # a gradient for each of them, at no cost of its own
+        if with_adapters:  # gives each adapter a gradient at no extra cost
             maps = zip(own, (features[layer] for layer in LAYERS), strict=True)
             loss = loss + torch.stack([adapter(one).sum() for adapter, one in maps]).sum()
         loss.backward()
@@ -126,7 +126,7 @@ def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def masks_of(options: argparse.Namespace, device: torch.device) -> Step:
-    """The masks of all levels."""
+    """Compute the masks of all levels."""
     student, _ = networks(options, device)
     task = task_of(student)
 
@@ -140,7 +140,7 @@ def masks_of(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def batch_of(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """Noise with boxes of all sizes on it."""
+    """Generate noise images with boxes of all sizes."""
     torch.manual_seed(2)
     side, count, each = options.size, options.batch_size, options.boxes
     corner = torch.rand(count * each, 2) * side * 0.6
@@ -159,7 +159,7 @@ def batch_of(options: argparse.Namespace, device: torch.device) -> dict[str, Ten
 
 
 def main() -> int:
-    """Print both comparisons; 1 where one misses its goal."""
+    """Print both comparisons; return 1 if one misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)

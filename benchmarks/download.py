@@ -1,10 +1,10 @@
-"""Compare kd's downloader with torch.hub's and torchvision's, on a sound and a broken connection.
+"""Compare kd's downloader with torch.hub's and torchvision's on good and broken connections.
 
     python -m benchmarks.download [--megabytes 256] [--rounds 5]
 
-A server on this machine serves a file of random bytes. Each round, every downloader fetches it
-once; the table has the median time relative to `torch.hub`. Then the server closes the connection
-half-way, once: the table has the bytes it sent until the file was complete, relative to the file's
+A server on this machine serves a file of random bytes. In each round, every downloader fetches it
+once; the table shows the median time relative to `torch.hub`. Then the server closes one connection
+half-way. The table shows the bytes it sent until the file was complete, relative to the file's
 size, or how the download ended.
 """
 
@@ -44,7 +44,7 @@ DOWNLOADERS: dict[str, Download] = {
 
 @contextmanager
 def serving(content: bytes, *, breaks: bool) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Serve one file, with ranges; `breaks` closes the first connection to get half of it.
+    """Serve one file, with ranges; `breaks` closes the first connection half-way.
 
     Yields the address, and a function that returns the number of bytes sent.
     """

@@ -2,11 +2,11 @@
 
 Student resnet18, scenes of 64 pixels, batches of 64, all in one process:
 
-live      engine and bare loop do the same work: a live context teacher, two losses, clipping, AdamW
+live      engine against a bare loop: a live context teacher, two losses, clipping, AdamW
 stored    a distilled step with stored posteriors against the plain step, both by the engine
 
-The two sides of a pair alternate and swap their order; reported is the median of paired ratios,
-since other load on the machine slows both.
+The two sides of a pair alternate and swap their order, so that other load on the machine slows
+both. The result is the median of paired ratios.
 
     python benchmarks/engine_step.py [--pairs 20] [--batch-size 64]
 """
@@ -44,7 +44,7 @@ LIVE_GOAL, STORED_GOAL = 1.03, 1.10
 
 
 def load(folder: Path, batch_size: int) -> tuple[list[Batch], int]:
-    """A few batches of scenes in memory, one hidden object an image, and the number of classes."""
+    """Load some batches of scenes with one hidden object per image, and the number of classes."""
     section = ObjectsSection(
         root=str(folder),
         train=Split(annotations="annotations/instances_train.json", images="train"),
@@ -74,12 +74,12 @@ def make_teacher(classes: int, device: torch.device) -> nn.Module:
 
 
 def by_engine(classes: int, objective: Objective) -> Step:
-    """The engine's step as `fit` takes it, log lines left out."""
+    """Return the engine's step as `fit` takes it, without log lines."""
     return engine_step(AdaptedStudent(make_student(classes)), objective, Train(precision="fp32"))
 
 
 def by_hand(classes: int, teacher: nn.Module, device: torch.device) -> Step:
-    """The same work with nothing around it."""
+    """Return a bare step that does the same work."""
     student = make_student(classes).to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=1e-4)
 
@@ -104,7 +104,7 @@ def by_hand(classes: int, teacher: nn.Module, device: torch.device) -> Step:
 
 
 def main() -> int:
-    """Print both ratios; 1 where one misses its goal."""
+    """Print both ratios; return 1 if one misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -2,11 +2,11 @@
 
     python benchmarks/export_table.py [OUT] [--recipe NAME ...] [--epochs 8]
 
-Each recipe of configs/distill is trained without teacher on the embedded scenes (64 pixels, one
+Each recipe of configs/distill is trained without a teacher on the embedded scenes (64 pixels, one
 seed; classifiers with and without the context head), exported to ONNX and with torch.export, and
-run on 50 val images. OUT/table.md has the largest difference of raw outputs relative to their
-largest value, the metric of the model and of the file, file size, and the time of a batch on one
-thread. What is finished is kept, so that the command can be repeated after an interruption.
+run on 50 val images. OUT/table.md lists the largest difference of raw outputs relative to their
+largest value, the metrics of model and file, the file size, and the time of a batch on one thread.
+Run the command again to continue after an interruption.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEADER = ("student", "variant", "format", "difference", "metric", "model", "file
 
 
 def train(name: str, out: Path, epochs: int) -> list[Path]:
-    """Train a recipe's student, or return the runs that are there."""
+    """Train a recipe's student, or return its finished runs."""
     recipe = read_yaml(find_config("distill", name))
     task = recipe["task"]["name"]
     variants = ["plain", "no_context"] if task == "classification" else ["plain"]
@@ -69,7 +69,7 @@ def train(name: str, out: Path, epochs: int) -> list[Path]:
 
 
 def rows_of(name: str, run: Path, out: Path) -> list[list[str]]:
-    """Export a run to each format and compare."""
+    """Export a run to each format and compare the files with the model."""
     model = kd.load(run, device="cpu")
     task = model.config["task"]["name"]
     data = open_data(section_from(dict(model.config), str(run)), task)

@@ -1,8 +1,8 @@
 """Measure the time of a heat map of a 384 x 384 image, against one query per window.
 
-Teachers as in their recipes, at random weights, 80 classes, images of 384 pixels; windows as
-`python -m kd.imagine --class` slides them by default. The baseline, a loop over single regions, is
-measured on some of the windows, alternating with ours; ratios are paired.
+Teachers have their recipes' settings, random weights and 80 classes; images have 384 pixels, and
+the windows are the defaults of `python -m kd.imagine --class`. The baseline, a loop over single
+regions, is measured on some of the windows, alternating with ours. Ratios are paired.
 
     python benchmarks/imagine.py [--rounds 3] [--windows 12] [--threads 2] [--teachers cnn trunk]
 """
@@ -46,7 +46,7 @@ TEACHERS = {
 
 
 def untrained(name: str) -> TrainedTeacher:
-    """A teacher of the catalogue, never trained."""
+    """Build a registered teacher with random weights."""
     torch.manual_seed(0)
     split = Split(annotations="none", images="none")
     data = ObjectsSection(name="none", train=split, val=split, size=SIZE)
@@ -58,7 +58,7 @@ def untrained(name: str) -> TrainedTeacher:
 
 
 def one_at_a_time(teacher: TrainedTeacher, photo: Photograph, boxes: Tensor) -> None:
-    """A question and a pass for each window."""
+    """Run one query and one forward pass per window."""
     unknown, first = torch.tensor([-1]), torch.tensor([0])
     for box in boxes:
         question = Question(photo.scaled, box[None], unknown, first)
@@ -69,12 +69,12 @@ class Measured(NamedTuple):
     """Medians over rounds.
 
     Attributes:
-        wall: Seconds of a heat map.
-        busy: The same of processor time, over all threads: what a machine that others use too would
-            have taken, times its cores.
-        ratio: Processor time to that of one window at a time.
-        ratio_wall: Wall time to that of one window at a time.
-        windows: How many.
+        wall: Wall time of a heat map in seconds.
+        busy: Processor time of a heat map in seconds, over all threads; unlike wall time, it hardly
+            depends on other load on the machine.
+        ratio: Processor time relative to one window at a time.
+        ratio_wall: Wall time relative to one window at a time.
+        windows: Number of windows.
     """
 
     wall: float
@@ -85,14 +85,14 @@ class Measured(NamedTuple):
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor seconds."""
+    """Return wall and processor time in seconds."""
     wall, busy = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - busy
 
 
 def measure(name: str, rounds: int, some: int) -> Measured:
-    """A heat map, and some of its windows both ways."""
+    """Time a heat map, and some of its windows both ways."""
     teacher = untrained(name)
     pixels = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
     nothing = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
@@ -114,7 +114,7 @@ def measure(name: str, rounds: int, some: int) -> Measured:
 
 
 def main() -> int:
-    """Print a line for each teacher; 1 where the fastest misses the goal."""
+    """Print a line per teacher; return 1 if the fastest misses the goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=12, help="of the other way")

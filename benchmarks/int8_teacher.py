@@ -1,9 +1,8 @@
 """Measure the effect of int8 on a trained teacher's posteriors and speed.
 
-The run's teacher answers for all objects of some val images as it is, with batch norms folded
-(kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train images): top-1, NLL, the KL
-from its
-own float32 posteriors, and the CPU's time an object.
+The run's teacher predicts all objects of some val images unchanged, with batch norms folded
+(kd.nn.inference) and in int8 (kd.nn.inference, ranges from 32 train images). The table shows top-1,
+NLL, the KL from the float32 posteriors, and CPU time per object.
 
     python benchmarks/int8_teacher.py --teacher runs/teacher/unet/scenes [--images 200]
 """
@@ -45,7 +44,7 @@ class Tally:
 
 
 def batches(dataset: Samples, images: int) -> Iterator[dict[str, Tensor]]:
-    """The first images, each with all its objects hidden in turn."""
+    """Yield the first images, each with all its objects hidden in turn."""
     for start in range(0, min(images, len(dataset)), BATCH):
         places = range(start, min(start + BATCH, images, len(dataset)))
         yield collate([dataset[0, place] for place in places])
@@ -53,7 +52,7 @@ def batches(dataset: Samples, images: int) -> Iterator[dict[str, Tensor]]:
 
 @torch.inference_mode()
 def answer(model: nn.Module, task: Task, batch: dict[str, Tensor], tally: Tally) -> Tensor:
-    """Log-probabilities of a batch's objects, (K, C), timed."""
+    """Compute a batch's log-probabilities (K, C), timed."""
     inputs = task.inputs(batch)
     began = time.process_time()
     output = model(*inputs)

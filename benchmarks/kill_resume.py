@@ -1,11 +1,11 @@
-"""Kill a training with `kill -9` at random moments, resume it, compare with an undisturbed run.
+"""Kill a training with `kill -9` at random times, resume it, and compare with an undisturbed run.
 
     python benchmarks/kill_resume.py [--kills 20] [--seed 0]
 
-Each round starts `python -m kd.distill ... --resume` and kills it, including workers, after a
-random time; a run that finishes first is followed by a fresh one. Every finished run must have
-exactly the weights of the undisturbed run: those of the last step, their average and the exported
-file. Reported is the number of kills whose run ended in the same weights.
+Each round starts `python -m kd.distill ... --resume` and kills it, including its workers, after a
+random time. If the run finishes first, the next round starts a new one. Every finished run must
+have exactly the weights of the undisturbed run: those of the last step, their average and the
+exported file. The result is the number of kills whose run ended with the same weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STUDENT = [
 
 
 def start(module: str, flags: list[str], settings: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own."""
+    """Start a command in a separate process group."""
     sets = [text for setting in settings for text in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("ab") as file:
@@ -71,7 +71,7 @@ def student(folder: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that are not equal bit for bit."""
+    """Return the names of tensors that are not bitwise equal."""
     run = Path("seed0") / "distilled"
     ours, theirs = (load_checkpoint(place / run / "last.pt")[2] for place in (one, other))
     found = [
@@ -92,7 +92,7 @@ def steps_done(out: Path) -> str:
 
 
 def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Kill the process and its workers; False where it was done before."""
+    """Kill the process and its workers; return False if it finished first."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -103,7 +103,7 @@ def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def main() -> int:
-    """Print a line a kill and the tally; 1 where a run ended in other weights."""
+    """Print a line per kill and a summary; return 1 if a run ended with other weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -3,10 +3,10 @@
 pair_wise       65 x 65 nodes, 512 channels, no pooling, forward and backward: time and peak memory
 imitation_mask  8 images of 20 boxes, 38 x 57 x 9 anchors, against box_iou in a loop over boxes;
                 then a five-level pyramid at 800 x 1333: peak memory
-pixel_wise      8 x 19 x 512 x 512, forward and backward: peak memory in score maps; on a GPU, under
-                compile, the bandwidth reached as a fraction of a copy's
+pixel_wise      8 x 19 x 512 x 512, forward and backward: peak memory in units of score maps; on a
+                GPU, with torch.compile, bandwidth as a fraction of a copy's
 
-The two sides of a pair alternate; reported is the median of paired ratios.
+The two sides of a pair alternate. The result is the median of paired ratios.
 
     python benchmarks/losses.py [--pairs 5] [--device cuda]
 """
@@ -47,7 +47,7 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def ratio(ours: Work, theirs: Work, device: torch.device, pairs: int) -> tuple[float, float]:
-    """Median seconds of ours, and the median of ours / theirs."""
+    """Return the median seconds of ours, and the median of ours / theirs."""
     ours()
     theirs()
     times = [(seconds(ours, device), seconds(theirs, device)) for _ in range(pairs)]
@@ -55,7 +55,7 @@ def ratio(ours: Work, theirs: Work, device: torch.device, pairs: int) -> tuple[f
 
 
 def plain_pair_wise(student: Tensor, teacher: Tensor) -> Tensor:
-    """The paper's formula as one would write it: two matrices of nodes by nodes."""
+    """Compute the paper's formula directly, with two node-by-node matrices."""
     affinities = []
     for features in (student, teacher):
         nodes = F.normalize(features.flatten(2), dim=1)
@@ -65,7 +65,7 @@ def plain_pair_wise(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def trained(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Work:
-    """Forward and backward; the gradient is let go."""
+    """Return a function that runs forward and backward and discards the gradient."""
 
     def work() -> None:
         loss(student, teacher).backward()
@@ -91,7 +91,7 @@ def bench_pair_wise(device: torch.device, pairs: int) -> list[str]:
 
 
 def looped_mask(boxes: list[Tensor], anchors: Tensor) -> Tensor:
-    """Box by box, with torchvision's box_iou."""
+    """Compute the mask in a loop over boxes, with torchvision's box_iou."""
     masks = []
     flat = anchors.flatten(0, 2)
     for own in boxes:
@@ -152,7 +152,7 @@ def bench_pixel_wise(device: torch.device, pairs: int) -> list[str]:
         copying = statistics.median(
             seconds(lambda: copy.copy_(teacher), device) for _ in range(4 * pairs)
         )
-        # Each map read once forward and once backward; a copy reads one and writes one.
+        # Each map is read once forward and once backward; a copy reads one map and writes one.
         fraction = (4 * held / fast) / (2 * held / copying)
         lines.append(
             f"pixel_wise, compiled: {fast * 1e3:.2f} ms, {fraction:.0%} of a copy's bandwidth "

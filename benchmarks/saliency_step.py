@@ -1,10 +1,10 @@
 """Measure the overhead of distilling a saliency student from cached maps.
 
-step      student B on batches that bring a teacher's stored maps, beside student A on the same
-          images: forward, backward and optimiser, as `fit` takes them
-loading   a training sample with its stored map beside one without, as loaders make them
+step      student B on batches with a teacher's stored maps, against student A on the same images:
+          `fit`'s step with forward and backward passes and optimiser
+loading   making a training sample with its stored map, against one without
 
-The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
+The two sides of a pair alternate and swap their order. The result is the median of paired ratios.
 
     python benchmarks/saliency_step.py [--size 120,160] [--batch-size 8] [--pairs 12]
         [--trunk resnet18]
@@ -51,7 +51,7 @@ TRAIN = Train(
 
 
 class Anywhere:
-    """Fixations of 15 people who look ten times each."""
+    """Fixations of 15 people with ten random fixations each."""
 
     def __call__(self, number: int, size: tuple[int, int]) -> Fixations:
         random = np.random.default_rng(number)
@@ -59,7 +59,7 @@ class Anywhere:
 
 
 def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, SaliencySamples]:
-    """The same images with and without a teacher's stored maps."""
+    """Return the same images with and without a teacher's stored maps."""
     random, paths = np.random.default_rng(0), []
     for number in range(IMAGES):
         pixels = random.integers(0, 256, (FILE[0] // 4, FILE[1] // 4, 3)).astype(np.uint8)
@@ -78,7 +78,7 @@ def data_set(folder: Path, size: tuple[int, int]) -> tuple[SaliencySamples, Sali
 
 
 def step_of(trunk: str, branches: str) -> Step:
-    """The engine's step of A, or of B with its term."""
+    """Return the engine's step of student A, or of student B with its term."""
     torch.manual_seed(0)
     model = Model(name="saliency", options={"trunk": trunk})
     student = AdaptedStudent(
@@ -92,7 +92,7 @@ def step_of(trunk: str, branches: str) -> Step:
 
 
 def sample_seconds(dataset: SaliencySamples) -> float:
-    """Median seconds of making a sample."""
+    """Measure the median seconds to make a sample."""
     times = []
     for place in range(2 * IMAGES):
         started = time.perf_counter()
@@ -102,7 +102,7 @@ def sample_seconds(dataset: SaliencySamples) -> float:
 
 
 def main() -> int:
-    """Print both comparisons; 1 where the step misses its goal."""
+    """Print both comparisons; return 1 if the step misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="120,160", help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=8)

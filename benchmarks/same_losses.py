@@ -3,13 +3,13 @@
     python benchmarks/same_losses.py record OUT.json [--root DIR] [--recipe NAME ...]
     python benchmarks/same_losses.py compare BEFORE.json AFTER.json [--tolerance 1e-6]
 
-`record` trains every recipe of configs/ for about twenty steps through the real commands, on every
+`record` trains every recipe of configs/ for about twenty steps with the real commands, on every
 dataset that it has settings for, with tiny images, random data and weights, one thread and fixed
-seeds. It records each `loss/*` of each step and variant, resumes where it was stopped, and retries
-what failed. --root is the checkout whose code and recipes run, by default that of this file.
-Teachers that a recipe needs are trained and recorded first. `compare` prints a line for each
-variant and exits with 1 if anything differs or is missing. Recordings are comparable on one machine
-with one version of PyTorch.
+seeds. It records each `loss/*` of each step and variant, resumes after an interruption, and retries
+failed recipes. --root is the checkout whose code and recipes run (default: this file's). Teachers
+that a recipe needs are trained and recorded first. `compare` prints a line per variant and exits
+with 1 if a loss differs or is missing. Only recordings from the same machine and version of PyTorch
+are comparable.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Recording:
-    """The file of what was measured, rewritten after each recipe.
+    """The file of recorded losses, rewritten after each recipe.
 
     Args:
-        path: Read where it is there.
+        path: File to write; read first if it exists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,11 +61,11 @@ class Recording:
             self.recipes = json.loads(path.read_text(encoding="utf-8"))["recipes"]
 
     def holds(self, job: Job) -> bool:
-        """Whether the recipe's losses are there."""
+        """Return whether a recipe's losses have been recorded."""
         return "variants" in self.recipes.get(str(job), {})
 
     def add(self, job: Job, entry: dict[str, Any]) -> None:
-        """Keep a recipe's losses, or why there are none, and say so."""
+        """Record a recipe's losses, or the error, and print a line."""
         self.recipes[str(job)] = entry
         versions = {
             "python": sys.version.split()[0], "torch": str(torch.__version__),
@@ -82,7 +82,7 @@ class Recording:
 
 
 def record(args: argparse.Namespace) -> int:
-    """Train what is not recorded yet; 1 where a recipe failed."""
+    """Train all recipes that are not recorded yet; return 1 if one failed."""
     out, started = args.out.resolve(), time.perf_counter()
     work = out.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def record(args: argparse.Namespace) -> int:
 
 
 def find_recipes(checkout: Checkout, wanted: list[str]) -> dict[Job, Config | str]:
-    """The selected recipes and their teachers, with their configs or what is wrong."""
+    """Return the selected recipes and their teachers, each with its config or the error."""
     every = checkout.recipes()
     jobs = [job for job in every if not wanted or matches(str(job), wanted)]
     if not jobs:
@@ -125,14 +125,14 @@ def find_recipes(checkout: Checkout, wanted: list[str]) -> dict[Job, Config | st
 
 
 def matches(recipe: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns means KIND/NAME/DATA: by all of it, without data, or by name."""
+    """Return whether a pattern matches KIND/NAME/DATA, KIND/NAME or NAME."""
     kind, name, _ = recipe.split("/")
     forms = (recipe, f"{kind}/{name}", name)
     return any(fnmatch.fnmatch(form, pattern) for form in forms for pattern in patterns)
 
 
 def make_data(work: Path, names: set[str]) -> None:
-    """Write the datasets that no command makes itself."""
+    """Write the datasets that no command generates."""
     for name in sorted(names & LAYOUTS.keys()):
         folder = work / "data" / name
         if not folder.is_dir():
@@ -144,9 +144,9 @@ def make_data(work: Path, names: set[str]) -> None:
 
 
 def make_weights(work: Path, trunks: set[str]) -> None:
-    """Write random weights of torchvision's models, batch norms fitted to random images.
+    """Write random weights of torchvision's models, with batch norms fitted to random images.
 
-    Else a frozen trunk would give nearly the same map of every image.
+    Without fitted batch norms, a frozen trunk would give nearly the same map for every image.
     """
     torch.set_num_threads(1)
     for name in sorted(trunks):
@@ -167,7 +167,7 @@ def make_weights(work: Path, trunks: set[str]) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Print a line for each variant; 1 where one differs by more than is tolerated."""
+    """Print a line per variant; return 1 if one differs by more than the tolerance."""
     before, after = (Recording(path).recipes for path in (args.before, args.after))
     if args.recipe:
         before, after = ({name: entry for name, entry in one.items()
@@ -191,7 +191,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def verdict(before: Losses | None, after: Losses | None, tolerance: float) -> tuple[bool, str]:
-    """Whether a variant's losses are the same, and how they differ."""
+    """Return whether a variant's losses are equal, and how they differ."""
     if before is None:
         return False, "missing before"
     if after is None:
@@ -212,7 +212,7 @@ def verdict(before: Losses | None, after: Losses | None, tolerance: float) -> tu
 
 
 def relative(before: float | None, after: float | None) -> float:
-    """The difference as a fraction of the larger number; infinite where one is not there."""
+    """Return the difference as a fraction of the larger number; infinite if one is missing."""
     if before == after:
         return 0.0
     if before is None or after is None:

@@ -2,11 +2,11 @@
 
 Student and teacher are PSPNets, the losses cross-entropy, pixel-wise, pair-wise and holistic:
 
-step      the engine's step against the bare forward and backward passes: the teacher's forward, the
-          student's both ways through cross-entropy and critic, the critic's own, both optimisers
-memory    the same step's peak beside one whose pair-wise term forms the affinities of all nodes
+step      the engine's step against bare passes: the teacher's forward pass, the student's forward
+          and backward passes with cross-entropy and critic, the critic's step, both optimisers
+memory    the step's peak, against a pair-wise term that forms the affinities of all nodes
 
-The two sides of a pair alternate and swap their order; reported is the median of paired ratios.
+The two sides of a pair alternate and swap their order. The result is the median of paired ratios.
 
     python benchmarks/segmentation_step.py [--crop 128] [--batch-size 4] [--pairs 10]
         [--student resnet18] [--teacher resnet50]
@@ -49,7 +49,7 @@ TRAIN = Train(
 
 
 def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Student and frozen teacher."""
+    """Build student and frozen teacher."""
     torch.manual_seed(0)
     student = pspnet(CLASSES, trunk=options.student, auxiliary=False)
     teacher = pspnet(CLASSES, trunk=options.teacher, auxiliary=False).eval().requires_grad_(False)
@@ -60,7 +60,7 @@ def networks(options: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
 
 def terms(pair_wise: Callable[..., Tensor] | None = None, kernel: int = 2) -> list[Term]:
-    """The three terms; the pair-wise one perhaps by another function."""
+    """Build the three terms, optionally with another pair-wise function."""
     built = [
         build_term(TermSection(name="pixel_wise", weight=10.0)),
         build_term(TermSection(name="pair_wise", weight=10.0, student="pyramid", teacher="pyramid",
@@ -73,14 +73,14 @@ def terms(pair_wise: Callable[..., Tensor] | None = None, kernel: int = 2) -> li
 
 
 def naive(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Pair-wise as its formula is written: every node with every node, of images with all valid."""
+    """Compute pair-wise as in its formula, with all pairs of nodes; all pixels must be valid."""
     sides = [F.normalize(maps.flatten(2), dim=1) for maps in (student, teacher)]
     ours, theirs = (nodes.transpose(1, 2) @ nodes for nodes in sides)
     return (ours - theirs).square().mean(dim=(1, 2)).mean()
 
 
 def by_engine(options: argparse.Namespace, device: torch.device, chosen: Sequence[Term]) -> Step:
-    """The engine's step as `fit` takes it, log lines left out."""
+    """Return the engine's step as `fit` takes it, without log lines."""
     student, teacher = networks(options, device)
     task = Segmentation(num_classes=CLASSES)
     live = LiveTeacher(teacher, task, ["pyramid"], posterior=False)
@@ -90,7 +90,7 @@ def by_engine(options: argparse.Namespace, device: torch.device, chosen: Sequenc
 
 
 def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
-    """Forward and backward of the three networks, and nothing that the terms add to them."""
+    """Return the forward and backward passes of the three networks, without the terms' own work."""
     student, teacher = networks(options, device)
     adversary = Adversary(CLASSES).to(device)
     own = torch.optim.SGD(student.parameters(), lr=1e-2, momentum=0.9)
@@ -116,7 +116,7 @@ def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def main() -> int:
-    """Print both comparisons; 1 where the step misses its goal."""
+    """Print both comparisons; return 1 if the step misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)

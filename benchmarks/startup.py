@@ -1,4 +1,4 @@
-"""Measure what commands cost that answer without torch: CPU seconds and peak memory.
+"""Measure CPU seconds and peak memory of commands that do not import torch.
 
 python benchmarks/startup.py
 """
@@ -31,7 +31,7 @@ COMMANDS = (
 
 
 def measure(command: str) -> tuple[float, float]:
-    """CPU seconds and peak memory in MB of one run of `python -m COMMAND`."""
+    """Measure CPU seconds and peak memory in MB of one run of `python -m COMMAND`."""
     ran = subprocess.Popen(
         [sys.executable, "-m", *command.split()],
         stdout=subprocess.DEVNULL,
@@ -43,7 +43,7 @@ def measure(command: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print one row a command, the fastest of three runs."""
+    """Print a row per command, the fastest of three runs."""
     sys.stdout.write(f"{'python -m ...':<60} {'CPU s':>6} {'MB':>5}\n")
     for command in COMMANDS:
         seconds, megabytes = min(measure(command) for _ in range(3))

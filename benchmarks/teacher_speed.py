@@ -1,10 +1,10 @@
 """Measure each teacher's speed and memory for the posteriors of all objects of an image.
 
-Every recipe of configs/teacher is built as its dataset has it, at random weights (speed does not
-depend on them), and asked about an image of that size with `--objects` hidden in turn. Each runs
-in a process of its own; memory is what its peak grew by while it answered. Seconds are of the
-process's own CPU time, which other work on the machine disturbs less: of one object in a batch of
-all of them (`each`), and in a batch of its own (`alone`).
+Every recipe of configs/teacher is built for the dataset, with random weights (speed does not depend
+on them), and predicts the `--objects` of an image of the dataset's size, hidden in turn. Each
+teacher runs in a separate process; memory is the growth of its peak during the prediction. Times
+are CPU seconds of the process, which other load on the machine affects less: per object in a batch
+of all objects (`each`), and for a batch of one object (`alone`).
 
     python benchmarks/teacher_speed.py [--data coco] [--objects 7] [--teachers unet cnn ...]
 """
@@ -36,7 +36,7 @@ ROUNDS = 3
 
 
 def batch_of(size: int, objects: int) -> dict[str, Tensor]:
-    """A batch of one square image with objects all over it, each hidden in its turn."""
+    """Build a batch of one square image, with objects all over it, each hidden in turn."""
     random = np.random.default_rng(0)
     corners = random.uniform(0, 0.7 * size, (objects, 2))
     sides = random.uniform(0.1 * size, 0.3 * size, (objects, 2))
@@ -58,7 +58,7 @@ def batch_of(size: int, objects: int) -> dict[str, Tensor]:
 
 
 def measure(name: str, data: str, objects: int) -> dict[str, Any]:
-    """Build a recipe's teacher and ask it; runs in a process of its own."""
+    """Build a recipe's teacher and time it; runs in a separate process."""
     keep_freed_memory()  # as every command does
     recipe = load_recipe(TeacherRecipe, find_config("teacher", name), data=data)
     classes = CLASSES.get(data, 80)
@@ -93,7 +93,7 @@ def measure(name: str, data: str, objects: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """A row for each recipe."""
+    """Print a row per recipe."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="coco", help="whose image size and options")
     parser.add_argument("--objects", type=int, default=7, help="COCO has 7.3 an image")

@@ -1,19 +1,18 @@
 """Compare torchdistill's engine with ours on the same job: loss curve and time per step.
 
-ResNet-34 teaches ResNet-18 (torchvision's; the teacher's weights are random too, for neither curve
-nor time asks for a good one) as torchdistill's own example of KD does it: the mean of cross-entropy
-and softened KL times the square of the temperature, SGD with momentum and weight decay, a cosine.
+torchvision's ResNet-34 teaches ResNet-18, as in torchdistill's KD example: the mean of
+cross-entropy and of softened KL times the squared temperature, SGD with momentum and weight decay,
+a cosine schedule. The teacher's weights are random too, since its accuracy affects neither result.
 
 theirs    `get_distillation_box` with `KDLoss`, in the loop of its example image_classification.py
-          without the meters; the teacher is given in evaluation mode, which its engine does not set
-ours      `kd.engine.loop.fit`; every image has one object, as large as the image, and a log line a
-step
-twin      theirs once more, with initial weights that differ by a rounding error: what fp32 makes of
-          rounding; with --double nothing is magnified, and curves agree to the last logged digit
+          without meters; the teacher is in evaluation mode, which torchdistill does not set
+ours      `kd.engine.loop.fit`; every image has one object of its size; one log line per step
+twin      theirs again, with initial weights that differ by a rounding error, to show how fp32
+          magnifies rounding; with --double, curves agree to the last logged digit
 
-All take the same batches, normalised by the same function, in torch's default memory format. An
-epoch is a few steps; ours and theirs take turns by epochs and swap their order, and the median of
-the paired ratios counts: what else runs on the machine slows both.
+All use the same batches, normalised by the same function, in torch's default memory format. An
+epoch is a few steps. Ours and theirs take turns by epochs and swap their order, so that other load
+on the machine slows both. The result is the median of paired ratios.
 
     python benchmarks/torchdistill_engine.py [--pairs 30] [--epoch-steps 2] [--batch-size 16]
         [--side 64] [--double]
@@ -49,43 +48,43 @@ from kd.problems.objects.batch import hidden_labels, object_counts, object_rows
 from kd.runs.build import make_accelerator
 from kd.transforms.hide import normalise
 
-CLASSES, TEMPERATURE, HARD_WEIGHT = 10, 4.0, 0.5  # weight of cross-entropy in the loss
+CLASSES, TEMPERATURE, HARD_WEIGHT = 10, 4.0, 0.5  # HARD_WEIGHT is that of cross-entropy
 SGD: dict[str, Any] = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4}
 TIME_GOAL = 1.00
-# Relative difference of the losses: at the first step, which only rounds; and the largest, as a
-# multiple of the twin's, or what a log line in fp32 rounds where that is more.
+# Limits of the relative difference of losses: at the first step, due to rounding only, and of the
+# largest, as a multiple of the twin's or of a log line's fp32 rounding, whichever is larger.
 FIRST_GOAL, TWIN_GOAL, LOGGED = 1e-6, 3.0, torch.finfo(torch.float32).eps
-# Trains one more epoch and gives the loss of each of its steps.
+# Trains one more epoch and returns the loss of each step.
 Epoch = Callable[[], list[float]]
 
 
 @dataclass(frozen=True)
 class ImageTask(Task):
-    """Which class is the image? Its one object is as large as it is."""
+    """Image classification: each image has one object that covers it."""
 
     dtype: torch.dtype
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images (N, 3, H, W), normalised."""
+        """Return normalised images, (N, 3, H, W)."""
         return (normalise(batch["images"]).to(self.dtype),)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Mean]:
-        """`cross_entropy`."""
+        """Return `cross_entropy`."""
         value = cross_entropy_labelled(output["logits"], hidden_labels(batch))
         return {"cross_entropy": Mean(value, "labelled")}
 
     def rows(self, batch: Batch) -> Rows:
-        """An object each."""
+        """Return one row per object."""
         return object_rows(batch)
 
     def counts(
         self, batch: Batch, units: Collection[str] = (), masks: Mapping[str, Mask] | None = None
     ) -> dict[str, Tensor]:
-        """Of objects."""
+        """Count the objects."""
         return object_counts(batch, units)
 
     def decode(self, output: Output, batch: Batch) -> Tensor:
-        """Log-probabilities (N, C); softened they are what softened logits are."""
+        """Return log-probabilities (N, C), which soften like logits."""
         return output["logits"].log_softmax(dim=1)
 
     def metric(self, classes: Classes) -> Evaluator:
@@ -94,27 +93,27 @@ class ImageTask(Task):
 
 @dataclass
 class Epochs:
-    """Batches in memory, `steps` an epoch."""
+    """Batches in memory, `steps` per epoch."""
 
     batches: list[dict[str, Tensor]]
     steps: int
     first: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of this epoch."""
+        """Yield this epoch's batches."""
         return iter(self.batches[self.first : self.first + self.steps])
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches per epoch."""
         return self.steps
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Go to this epoch."""
+        """Set the epoch."""
         self.first = epoch * self.steps + start_batch
 
 
 def make_batches(number: int, size: int, side: int) -> list[dict[str, Tensor]]:
-    """Noisy images of the classes, each with one object, hidden: it is what is asked about."""
+    """Generate noisy images of the classes, each with one object, which is hidden and predicted."""
     random = torch.Generator().manual_seed(0)
     shape = (3, side, side)
     clean = torch.randint(128, (CLASSES, *shape), generator=random, dtype=torch.uint8)
@@ -142,7 +141,7 @@ def make_batches(number: int, size: int, side: int) -> list[dict[str, Tensor]]:
 
 
 def make_models(batches: Sequence[Batch], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher; the teacher's batch norms know the images, or its logits were huge."""
+    """Build student and teacher, with batch norms fitted to keep the teacher's logits small."""
     torch.manual_seed(0)
     student, teacher = resnet18(num_classes=CLASSES), resnet34(num_classes=CLASSES)
     for module in teacher.modules():
@@ -155,7 +154,7 @@ def make_models(batches: Sequence[Batch], dtype: torch.dtype) -> tuple[nn.Module
 
 
 def shifted(model: nn.Module) -> nn.Module:
-    """A copy whose weights differ by a rounding error."""
+    """Copy a model and change its weights by a rounding error."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for weight in twin.parameters():
@@ -164,7 +163,7 @@ def shifted(model: nn.Module) -> nn.Module:
 
 
 def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
-    """The job in our engine."""
+    """Set up the job in kd's engine."""
     accelerator = make_accelerator("fp32")
     model = AdaptedStudent(student.to(accelerator.device))
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
@@ -194,7 +193,7 @@ def by_kd(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
 
 
 def their_config(steps: int) -> dict[str, Any]:
-    """`train` of torchdistill's config: its example's KD, with our numbers."""
+    """Return `train` of torchdistill's config: its KD example with this benchmark's numbers."""
     logits = {"module_path": ".", "module_io": "output"}
     paths = {f"{who}_{name}": at for who in ("student", "teacher") for name, at in logits.items()}
     loss = {**paths, "temperature": TEMPERATURE, "alpha": HARD_WEIGHT, "reduction": "batchmean"}
@@ -212,7 +211,7 @@ def their_config(steps: int) -> dict[str, Any]:
 
 
 def by_torchdistill(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> Epoch:
-    """The job in torchdistill's engine."""
+    """Set up the job in torchdistill's engine."""
     device, dtype = make_accelerator("fp32").device, next(teacher.parameters()).dtype
     config = their_config(len(epochs.batches))
     box = get_distillation_box(teacher, student, {}, config, device, None, False, 1)
@@ -236,7 +235,7 @@ def by_torchdistill(student: nn.Module, teacher: nn.Module, epochs: Epochs) -> E
 
 
 def timed(epoch: Epoch, curve: list[float], steps: int) -> tuple[float, float]:
-    """Seconds a step of one more epoch: by the clock, and of the processor."""
+    """Run one more epoch and return wall and CPU seconds per step."""
     clock, processor = time.perf_counter(), time.process_time()
     curve += epoch()
     if torch.cuda.is_available():
@@ -245,7 +244,7 @@ def timed(epoch: Epoch, curve: list[float], steps: int) -> tuple[float, float]:
 
 
 def report_times(ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> None:
-    """Medians of both and of the paired ratios, with the ratios' quartiles, by either clock."""
+    """Print medians of both engines and of paired ratios with quartiles, in wall and CPU time."""
     for kind, a, b in zip(
         ("clock", "processor"), zip(*ours, strict=True), zip(*theirs, strict=True), strict=True
     ):
@@ -257,7 +256,7 @@ def report_times(ours: list[tuple[float, float]], theirs: list[tuple[float, floa
 
 
 def report_curves(ours: list[float], theirs: list[float], twin: list[float]) -> bool:
-    """The losses and how far apart they are; whether they are one curve."""
+    """Print the losses and their differences; return whether the curves are the same."""
     gaps, twin_gaps = (
         [abs(a - b) / abs(b) for a, b in zip(curve, theirs, strict=True)] for curve in (ours, twin)
     )
@@ -276,7 +275,7 @@ def report_curves(ours: list[float], theirs: list[float], twin: list[float]) -> 
 
 
 def main() -> int:
-    """Print times and curves; 1 where the curves are not the same."""
+    """Print times and curves; return 1 if the curves differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=30, help="timed epochs of each engine")
     parser.add_argument("--epoch-steps", type=int, default=2)
@@ -291,7 +290,7 @@ def main() -> int:
     twin = by_torchdistill(shifted(student), copy.deepcopy(teacher), epochs)
     theirs = by_torchdistill(copy.deepcopy(student), copy.deepcopy(teacher), epochs)
     ours = by_kd(student, teacher, epochs)
-    our_curve, their_curve = ours(), theirs()  # not timed: allocators, first kernels
+    our_curve, their_curve = ours(), theirs()  # not timed: warms up allocators and kernels
     our_times: list[tuple[float, float]] = []
     their_times: list[tuple[float, float]] = []
     sides = [(ours, our_curve, our_times), (theirs, their_curve, their_times)]

@@ -1,17 +1,17 @@
 """Count the files that an image and a distillation term pass through, as real commands run.
 
-Two trips through the packages kd, teachers and students:
+Two paths through the packages kd, teachers and students:
 
     image   from an image on disk to a teacher's loss: one batch of `kd.train_teacher`, from the
             first call of `fit` until its first `train_step` returns
-    term    from a term in a recipe to its gradient: the calls of `kd.distill` that the term goes
-            through, from the reader of the recipe to the backward pass (`TERM_STATIONS`)
+    term    from a term in a recipe to its gradient: the functions of `kd.distill` that process the
+            term, from the reader of the recipe to the backward pass (`TERM_STATIONS`)
 
-A file is entered when a function of it is called for the first time. A return is a call from a file
-back into one that was entered before it; each pair of files counts once.
+A file is entered when one of its functions is called for the first time. A return is a call from a
+file back into one that was entered earlier; each pair of files counts once.
 
-With --whole both commands are followed from their first line to the end of the first step: opening
-of the dataset, the teacher's cache and the building of models count, too.
+With --whole, both commands are followed from their first line to the end of the first step,
+including opening the dataset, the teacher's cache and building the models.
 
     python benchmarks/tour.py [--files] [--whole]
 """
@@ -36,7 +36,7 @@ PACKAGES = tuple(str(ROOT / name) + os.sep for name in ("kd", "teachers", "stude
 SETTINGS = ("data.generate.train=16", "data.generate.val=8", "data.workers=0", "train.epochs=1",
             "train.batch_size=8")  # fmt: skip
 SCENES = ["--data", "scenes", *(word for one in SETTINGS for word in ("--set", one))]
-# Functions that hand a term on, by file and name; what they call counts, too.
+# Functions that process a term, by file and name; the functions they call count too.
 TERM_STATIONS = {
     ("kd/problems/recipes.py", "load_recipe"),
     ("kd/distillation/terms.py", "build_term"),
@@ -47,24 +47,24 @@ TERM_STATIONS = {
 
 
 class Trip:
-    """Records first calls of functions while it is on.
+    """Records first calls of functions while it is active.
 
     Args:
         begins: Whether a call begins a recorded stretch.
-        ends: Whether the return of a call ends the trip for good.
+        ends: Whether the return of a call ends the trip.
     """
 
     def __init__(
         self, begins: Callable[[CodeType], bool], ends: Callable[[CodeType], bool]
     ) -> None:
         self._begins, self._ends = begins, ends
-        self._inside = 0  # calls of beginning functions that have not returned
-        self._importing = 0  # modules that are being imported: what runs then is no visit
+        self._inside = 0  # active calls of functions that begin a stretch
+        self._importing = 0  # modules being imported; calls during an import do not count
         self._over = False
         self.calls: dict[tuple[str, str], str] = {}  # caller's and called file: first function
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        """Take in an event of `sys.setprofile`."""
+        """Handle an event of `sys.setprofile`."""
         if self._over or event not in ("call", "return"):
             return
         code = frame.f_code
@@ -82,12 +82,12 @@ class Trip:
 
     @property
     def files(self) -> list[str]:
-        """The files in the order in which they are entered."""
+        """Return the files in the order in which they were entered."""
         return list(dict.fromkeys(file for _, file in self.calls))
 
     @property
     def returns(self) -> list[str]:
-        """Calls from a file back into one that was entered before it."""
+        """Return the calls from a file back into one that was entered earlier."""
         place = {file: number for number, file in enumerate(self.files)}
         return [
             f"{caller} -> {file}: {function}"
@@ -97,12 +97,12 @@ class Trip:
 
 
 def file_of(code: CodeType) -> str:
-    """The file of a function, from the project's root."""
+    """Return a function's file, relative to the project's root."""
     return Path(code.co_filename).relative_to(ROOT).as_posix()
 
 
 def caller_of(frame: FrameType) -> str:
-    """The file of the packages that a call comes from, "" where there is none."""
+    """Return the file of the packages that a call comes from, or ""."""
     above = frame.f_back
     while above is not None and not above.f_code.co_filename.startswith(PACKAGES):
         above = above.f_back
@@ -110,17 +110,17 @@ def caller_of(frame: FrameType) -> str:
 
 
 def station(code: CodeType) -> bool:
-    """Whether a function hands a term on."""
+    """Return whether a function processes the term."""
     return (file_of(code), code.co_name) in TERM_STATIONS
 
 
 def is_named(file: str, name: str) -> Callable[[CodeType], bool]:
-    """A test for one function."""
+    """Return a test for one function."""
     return lambda code: code.co_name == name and file_of(code) == file
 
 
 def travel(trip: Trip, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
-    """Run a command with the trip recorded.
+    """Run a command and record its trip.
 
     Raises:
         RuntimeError: The command failed.
@@ -136,7 +136,7 @@ def travel(trip: Trip, main: Callable[[Sequence[str]], int], arguments: Sequence
 
 
 def main() -> None:
-    """Make both trips and print their length."""
+    """Record both trips and print their lengths."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--files", action="store_true", help="print each file and return")
     parser.add_argument("--whole", action="store_true", help="follow the whole commands")

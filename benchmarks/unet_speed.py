@@ -1,19 +1,18 @@
 """Compare the U-Net teacher at 384 x 384 with a plain implementation of the same network.
 
-Both have the same weights (width 64, transposed convolutions, 31 M parameters) and give the same
-logits; `plain` is float32 in torch's default layout, in evaluation, without gradients. What ours
-adds, one thing after the other:
+Both have the same weights (width 64, transposed convolutions, 31 M parameters) and the same logits.
+`plain` is float32 in torch's default layout, in evaluation mode, without gradients. The others add
+one optimisation after another:
 
 channels_last   channels innermost, which the convolutions of oneDNN and cuDNN prefer
 folded          batch norms folded into convolutions (kd.nn.inference)
-compiled        torch.compile of that, weights frozen into the graph (--compile: takes minutes)
-bf16            bfloat16 autocast, where the hardware multiplies it natively
-int8            8-bit integers (kd.nn.inference), on a CPU; it changes the answers a little, and
-what
-                that does to a trained teacher's posteriors benchmarks/int8_teacher.py measures
+compiled        torch.compile of `folded`, with frozen weights (--compile: takes minutes)
+bf16            bfloat16 autocast, if the hardware supports it natively
+int8            8-bit integers (kd.nn.inference), on a CPU; changes the logits slightly, see
+                benchmarks/int8_teacher.py for a trained teacher's posteriors
 
-The ways take turns; the best round of each counts, in wall time and in the process's own CPU time
-(which other work on the machine disturbs less), and so does the peak of memory that each adds.
+The variants take turns. The table shows the best round of each in wall time and in CPU time of the
+process (which other load on the machine affects less), and the peak memory that each adds.
 
     python benchmarks/unet_speed.py [--size 384] [--batch-size 1] [--rounds 3] [--compile]
 """
@@ -40,7 +39,7 @@ Answer = Callable[[Tensor], Tensor]
 
 
 class PlainUNet(nn.Module):
-    """The network of the paper with padding and batch norm, as one writes it down."""
+    """The paper's network with padding and batch norm, written without optimisations."""
 
     def __init__(self, classes: int, width: int = 64) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class PlainUNet(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 4, H, W) to (N, C, H, W); sides are multiples of 16."""
+        """Map (N, 4, H, W) to (N, C, H, W); sides are multiples of 16."""
         kept = []
         for number, block in enumerate(self.down):
             x = block(x if number == 0 else nn.functional.max_pool2d(x, 2))
@@ -75,7 +74,7 @@ class PlainUNet(nn.Module):
 
 @dataclass
 class Way:
-    """One way to answer, and what was measured of it."""
+    """One variant and its measurements."""
 
     name: str
     answer: Answer
@@ -84,7 +83,7 @@ class Way:
     memory: float = 0.0
 
     def round(self, images: Tensor) -> None:
-        """Answer once, timed."""
+        """Run the model once and record time."""
         wall, cpu = time.perf_counter(), time.process_time()
         self.answer(images)
         if images.is_cuda:
@@ -94,7 +93,7 @@ class Way:
 
 
 def pair(classes: int) -> tuple[nn.Module, nn.Module]:
-    """Our U-Net with statistics in its batch norms, and the plain one with the same weights."""
+    """Build our U-Net with fitted batch norms, and the plain one with the same weights."""
     torch.manual_seed(0)
     ours = unet(classes).eval().requires_grad_(False)
     for module in ours.modules():
@@ -115,7 +114,7 @@ def pair(classes: int) -> tuple[nn.Module, nn.Module]:
 
 
 def with_inference(model: nn.Module, *, channels_last: bool = True, bf16: bool = False) -> Answer:
-    """The model as a function, in inference mode and its memory format."""
+    """Return the model as a function, in inference mode and its memory format."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(memory_format=layout)
 
@@ -129,7 +128,7 @@ def with_inference(model: nn.Module, *, channels_last: bool = True, bf16: bool =
 
 
 def compiled(model: nn.Module) -> Answer:
-    """torch.compile, weights as constants of the graph."""
+    """Compile the model with frozen weights."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
@@ -139,7 +138,7 @@ def compiled(model: nn.Module) -> Answer:
 def ways_to_answer(
     ours: nn.Module, plain: nn.Module, device: torch.device, options: argparse.Namespace
 ) -> list[Way]:
-    """Plain first."""
+    """List the variants, plain first."""
     folded = for_answers(ours)
     found = [
         Way("plain: float32, NCHW", with_inference(plain, channels_last=False)),
@@ -159,7 +158,7 @@ def ways_to_answer(
 
 
 def peak(way: Way, images: Tensor) -> float:
-    """MiB that one answer adds at its peak: of torch's allocator, else of the whole process."""
+    """Return the MiB that one pass adds at its peak: torch's allocator, or the whole process."""
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -169,7 +168,7 @@ def peak(way: Way, images: Tensor) -> float:
 
 
 def _allocated(way: Way, images: Tensor) -> list[int]:
-    """The highest sum of allocations on the CPU, by torch's own account."""
+    """Return the highest sum of allocations on the CPU, from torch's profiler."""
     with torch.profiler.profile(profile_memory=True) as profile:
         way.answer(images)
     held, highest = 0, 0
@@ -181,7 +180,7 @@ def _allocated(way: Way, images: Tensor) -> list[int]:
 
 
 def main() -> int:
-    """Print the table; 1 where the goal is missed."""
+    """Print the table; return 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=384)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -205,12 +204,12 @@ def main() -> int:
 
 
 def rate(seconds: list[float]) -> float:
-    """Of the best round."""
+    """Return the rate of the best round."""
     return 1 / min(seconds)
 
 
 def say(ways: list[Way], options: argparse.Namespace, device: torch.device) -> None:
-    """The table."""
+    """Print the table."""
     sys.stdout.write(
         f"U-Net, width 64, transposed, {options.size} px, batches of {options.batch_size}, "
         f"{device}, {torch.get_num_threads()} threads, best of {options.rounds} rounds; "

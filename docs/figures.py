@@ -2,8 +2,8 @@
 
     python docs/figures.py --data DATA/coco_mini [--weights FILE] [--run DIR]
 
-DIR is a finished run of `benchmarks/critic.py`; without it that figure is left as it is. Only
-photographs under CC BY 2.0 are used, and each figure names its source.
+DIR is a finished run of `benchmarks/critic.py`; without it, the critic's figure is not redrawn.
+Only photographs under CC BY 2.0 are used, and each figure names their sources.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TEXT: dict[str, Any] = {"fontsize": 8.5, "color": "#222222"}
 
 @dataclass
 class Photo:
-    """An image, its objects and the credit its licence asks for."""
+    """An image, its objects and the attribution that its licence requires."""
 
     pixels: Tensor
     boxes: Tensor
@@ -65,7 +65,7 @@ class Photo:
 
 
 class Photos:
-    """Photographs of both splits of coco_mini that may be shown."""
+    """Photographs from both splits of coco_mini whose licence allows sharing."""
 
     def __init__(self, root: Path) -> None:
         self.entries: dict[int, tuple[CocoIndex, int, dict[str, Any]]] = {}
@@ -106,7 +106,7 @@ def new_figure(width: float, height: float, credits: Sequence[str]) -> Figure:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a PNG of 256 colours: a third of the size."""
+    """Write a PNG with 256 colours, a third of the full size."""
     pixels = figure_image(figure, dpi=DPI).permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels).quantize(256, kmeans=3, dither=Image.Dither.NONE)
     file.parent.mkdir(exist_ok=True)
@@ -206,7 +206,7 @@ def pyramid(
 
 
 def shapes(*sizes: float) -> list[tuple[float, float]]:
-    """Sides of anchors of some sizes: tall, square and wide."""
+    """Return the sides of anchors of some sizes: tall, square and wide."""
     return [(size / r**0.5, size * r**0.5) for size in sizes for r in (0.5, 1.0, 2.0)]
 
 
@@ -311,7 +311,7 @@ def class_colours(count: int) -> Array:
 
 
 def curve(axes: Axes, file: Path) -> None:
-    """Plot the critic's lead over the steps: D(teacher) - D(student), on images it has not seen."""
+    """Plot the critic's lead, D(teacher) - D(student), on unseen images over the steps."""
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     steps = np.array([line["step"] for line in lines])
     lead = np.array([line["val/D_teacher"] - line["val/D_student"] for line in lines])
