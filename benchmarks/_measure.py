@@ -44,9 +44,7 @@ def peak_memory(work: Work, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(
-        0
-    )  # otherwise the work reuses memory that was freed before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise freed memory is reused
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     work()

@@ -188,7 +188,7 @@ class Answers:
         self.outputs = {name: torch.cat(parts) for name, parts in outputs.items()}
 
     def __call__(self, batch: Batch, rows: Rows | None = None) -> Mapping[str, Tensor]:
-        """Return both maps of each image in a batch."""
+        """Return features and logits of each image in a batch."""
         return {name: known[batch["rows"]] for name, known in self.outputs.items()}
 
 

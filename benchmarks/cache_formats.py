@@ -90,7 +90,7 @@ class Batches(Dataset[Batch]):
 
 
 def batches(form: Format, folder: Path, ids: np.ndarray, reads: int, workers: int) -> Iterable[Any]:
-    """Yield an epoch of batches per iteration."""
+    """Return the batches, a new epoch each time they are iterated."""
     if form.stream is not None:
         return form.stream(folder, workers)
     options: Any = {"num_workers": workers, "persistent_workers": workers > 0}

@@ -126,7 +126,7 @@ def by_hand(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def masks_of(options: argparse.Namespace, device: torch.device) -> Step:
-    """Compute the masks of all levels."""
+    """Return a function that computes the masks of all levels."""
     student, _ = networks(options, device)
     task = task_of(student)
 
