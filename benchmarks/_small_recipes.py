@@ -86,9 +86,7 @@ def settings_of(job: Job, config: Config, checkout: Checkout) -> list[str]:
     targets, batch, epochs = config.get("soft_targets", {}), BATCH, EPOCHS
     if "crop" in data:
         made["data.crop"] = [64, 96] if job.data == "camvid" else [64, 64]
-        if (
-            targets.get("kind") == "live"
-        ):  # maps have stride 8, and critics need 16 x 16 of their cells
+        if targets.get("kind") == "live":  # maps of stride 8; critics need at least 16 x 16 cells
             made["data.crop"], batch, epochs = [128, 128], BATCH // 2, EPOCHS // 2
         elif targets and targets["score_stride"] is None:
             made["soft_targets.score_stride"] = 4
