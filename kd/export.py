@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kd.deploy.export import Check
     from kd.deploy.model import TrainedModel
 
-FORMATS = ("onnx", "torch-export", "torchscript")
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
 
 
@@ -107,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, or a model's .safetensors file")
-    add("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
+    add("--format", choices=tuple(SUFFIXES), default="onnx", help="default: %(default)s")
     add("--out", type=Path, metavar="FILE", help="file to write (default: in the run folder)")
     add("--variant", metavar="NAME", help="variant of a distillation (default: distilled)")
     add("--seed", type=int, metavar="N", help="seed of a distillation (default: the best on val)")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from kd.problems.results import spread
 from kd.utils.io import write_atomic
 from kd.version import __version__
 
-Format = Literal["onnx", "torch-export", "torchscript"]
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS = ("onnx", "torch-export", "torchscript")
 OPSET = 20
 TOLERANCE = 1e-4  # of the difference between the exported file and the model, see `Check`
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -57,9 +56,20 @@ class Check:
     seconds: tuple[float, float]
 
 
-def export(
-    model: TrainedModel, out: Path, format: str = "onnx", *, sample: Sample | None = None
-) -> Path:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings, log lines and prints of the exporters in a `with` block."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def export(model: TrainedModel, out: Path, format: str = "onnx") -> Path:
     """Write a model with its preprocessing and decoding to a file for another runtime.
 
     The number of images and of objects stays variable, for label maps and saliency also the size of
@@ -69,7 +79,6 @@ def export(
         model: The model, on the CPU.
         out: File to write.
         format: `onnx`, `torch-export` (a .pt2 file) or `torchscript`.
-        sample: A sample whose shapes the graph is traced with; by default a grey image.
 
     Raises:
         UserError: The format is unknown, a package is missing, or the model cannot be exported.
@@ -79,34 +88,40 @@ def export(
     if format == "onnx":
         need_onnx()
     graph = graph_of(model)
-    inputs = graph.feed(collate([sample or grey_sample(model)] * 2))
+    inputs = graph.feed(collate([grey_sample(model)] * 2))
     about = json.dumps(described(model, graph), ensure_ascii=False)
     with torch.no_grad():
         graph(*inputs.values())  # cached constants must be real tensors, not those of tracing
     try:
-        if format == "torchscript":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of tracing, and that TorchScript is deprecated
-                traced = torch.jit.trace(graph, tuple(inputs.values()), check_trace=False)
-                files = {"kd": about}
-                write_atomic(out, lambda one: torch.jit.save(traced, one, _extra_files=files))
-            return out
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torchvision's operators
-            program = torch.export.export(
-                graph, tuple(inputs.values()), dynamic_shapes=_dynamic(graph, inputs)
-            )
-        if format == "torch-export":
-            write_atomic(out, lambda partial: _save_program(program, partial, about))
-            return out
-        converted = _to_onnx(program, graph)
+        with _quiet():
+            write = _exported(graph, inputs, format, about)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{model.where}: cannot be exported to {format}: {reason}") from error
-    converted.model.metadata_props["kd"] = about
-    write_atomic(out, lambda partial: converted.save(str(partial)))
+    with _quiet():
+        write_atomic(out, write)
     return out
+
+
+def _exported(
+    graph: ExportGraph, inputs: Mapping[str, Tensor], format: str, about: str
+) -> Callable[[Path], object]:
+    """Trace the graph and return the function that writes the file."""
+    given = tuple(inputs.values())
+    if format == "torchscript":
+        traced = torch.jit.trace(graph, given, check_trace=False)
+        return lambda partial: torch.jit.save(traced, partial, _extra_files={"kd": about})
+    program = torch.export.export(graph, given, dynamic_shapes=_dynamic(graph, inputs))
+    if format == "torch-export":
+        return lambda partial: _save_program(program, partial, about)
+    converted = torch.onnx.export(
+        program, dynamo=True, verbose=False, opset_version=OPSET,
+        input_names=list(graph.inputs), output_names=list(graph.outputs),
+    )  # fmt: skip
+    assert converted is not None
+    converted.model.metadata_props["kd"] = about
+    return lambda partial: converted.save(str(partial))
 
 
 def need_onnx() -> None:
@@ -152,18 +167,6 @@ def _save_program(program: torch.export.ExportedProgram, partial: Path, about: s
     partial.write_bytes(buffer.getvalue())
 
 
-def _to_onnx(program: torch.export.ExportedProgram, graph: ExportGraph) -> Any:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return torch.onnx.export(
-            program, dynamo=True, verbose=False, opset_version=OPSET,
-            input_names=list(graph.inputs), output_names=list(graph.outputs),
-        )  # fmt: skip
-
-
 def quantise(
     file: Path, out: Path, model: TrainedModel, data: Dataset, how: str, *, images: int = 32
 ) -> Path:
@@ -196,7 +199,6 @@ def quantise(
         for batch in _batches(data, images, 4, "train")
     )
     reader = SimpleNamespace(get_next=lambda: next(arrays, None))
-    logging.getLogger().setLevel(logging.ERROR)
 
     def write(partial: Path) -> None:
         if how == "dynamic":
@@ -213,7 +215,8 @@ def quantise(
             prepared.unlink(missing_ok=True)
 
     try:
-        write_atomic(out, write)
+        with _quiet():
+            write_atomic(out, write)
     except UserError:
         raise
     except Exception as error:  # onnxruntime raises many types
@@ -222,14 +225,14 @@ def quantise(
     return out
 
 
-def runner(file: Path, format: str, graph: ExportGraph, threads: int = 1) -> Runner:
-    """Load an exported file and return the function that runs it on named inputs."""
+def runner(file: Path, format: str, graph: ExportGraph) -> Runner:
+    """Load an exported file and return the function that runs it on one thread."""
     names = list(graph.outputs)
     if format == "onnx":
         import onnxruntime  # type: ignore[import-untyped]
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(
             str(file), options, providers=["CPUExecutionProvider"]
@@ -245,8 +248,7 @@ def runner(file: Path, format: str, graph: ExportGraph, threads: int = 1) -> Run
         with file.open("rb") as opened:
             module: Any = torch.export.load(io.BytesIO(opened.read())).module()
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated
+        with _quiet():
             module = torch.jit.load(str(file))
 
     def call(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
