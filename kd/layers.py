@@ -51,14 +51,9 @@ def _table(layers: Sequence[Layer]) -> str:
         stride = "" if one.stride is None else str(one.stride)
         rows.append((one.path, one.kind, shape, stride, f"{one.parameters:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = []
-    for row in rows:
-        left = "  ".join(f"{cell:{width}}" for cell, width in zip(row[:3], widths, strict=False))
-        right = "  ".join(
-            f"{cell:>{width}}" for cell, width in zip(row[3:], widths[3:], strict=True)
-        )
-        lines.append(f"  {left}  {right}\n")
-    return "".join(lines)
+    aligned = [f"{'<' if column < 3 else '>'}{width}" for column, width in enumerate(widths)]
+    lines = (zip(row, aligned, strict=True) for row in rows)
+    return "".join(f"  {'  '.join(f'{cell:{how}}' for cell, how in line)}\n" for line in lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from kd.problems.recipes import section_from
 from kd.report.tables import Table
 from kd.runs.folder import class_names
 from kd.runs.read import Run
+from kd.utils.io import write_text
 from kd.version import __version__
 
 _SHOWN_CLASSES = 30
@@ -142,5 +143,4 @@ def _teacher_of(config: Mapping[str, Any]) -> str:
 
 def write_card(folder: Path, run: Run, table: Table, command: list[str]) -> None:
     """Write the model card of a distillation to its folder."""
-    text = model_card(run, table, shlex.join(command))
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", model_card(run, table, shlex.join(command)))

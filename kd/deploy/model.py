@@ -57,7 +57,7 @@ class TrainedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs."""
+        """Device of the network."""
         tensor: Tensor = next(iter(self.model.state_dict().values()))
         return tensor.device
 

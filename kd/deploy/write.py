@@ -46,8 +46,7 @@ class ImageIds:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"{file}: has several images called {twice[0]}")
         self.rows = {name: row for row, name in enumerate(names)}
-        content = json.loads(file.read_text(encoding="utf-8"))
-        self.category_ids = {str(one["name"]): int(one["id"]) for one in content["categories"]}
+        self.category_ids = dict(zip(self.index.class_names, self.index.category_ids, strict=True))
         if missing := [name for name in class_names if name not in self.category_ids]:
             raise UserError(f"{file}: has no class {missing[0]!r}, which the model predicts")
 

@@ -491,7 +491,7 @@ class Problem(ABC, Generic[D]):
         """Fit a model that is estimated from counts; leave all other models unchanged."""
 
     def inference(self, task: str, section: Any, class_names: Sequence[str]) -> Inference:
-        """Return what prepares images for a model and reads its outputs, without the dataset.
+        """Return the `Inference` of a task's models, which does not need the dataset.
 
         Args:
             task: Name of the task.

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kd.data.loader import Sample
 from kd.errors import UserError
-from kd.utils.images import read_image
+from kd.report.boxes import xywh
+from kd.utils.images import file_size, read_image, resize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction(ABC):
-    """What a model predicts on one image; boxes and maps are in the pixels of the image.
+    """A model's prediction for one image; boxes and maps are in the pixels of the image.
 
     Attributes:
         size: Height and width of the image.
@@ -59,7 +60,7 @@ class InputImage:
 
 
 class ExportGraph(nn.Module, ABC):
-    """What is exported of a model: preprocessing of tensors, the network, and decoding.
+    """The exported part of a model: normalisation of images, the network, and decoding.
 
     All inputs and outputs have the batch or the number of objects as first dimension, which stays
     variable.
@@ -135,7 +136,7 @@ class Inference(ABC):
         if boxes is None and self.needs_boxes:
             raise UserError(
                 f"{where}: this model classifies objects in given boxes; pass boxes=[[x1, y1, x2, "
-                "y2], ...] in pixels (kd predict: --boxes COCO.json)"
+                "y2], ...] in pixels (kd predict: --annotations COCO.json)"
             )
         if boxes is None:
             return None
@@ -156,12 +157,25 @@ class Inference(ABC):
         return found
 
 
-def read_input(path: Path, long_side: int | None, boxes: Tensor | None = None) -> InputImage:
+def read_input(path: Path, long_side: int | None) -> InputImage:
     """Read an image file, rotated as its EXIF orientation says, for a model.
 
     The pixels are those that evaluation reads from the same file.
     """
-    whole = read_image(path, None, upright=True)
-    size = (int(whole.shape[1]), int(whole.shape[2]))
-    pixels = whole if long_side is None else read_image(path, long_side, upright=True)
-    return InputImage(pixels, size, boxes)
+    pixels = read_image(path, long_side, upright=True)
+    return InputImage(pixels, file_size(path, upright=True))
+
+
+def whole_sample(image: InputImage, size: tuple[int, int]) -> Sample:
+    """Sample of a whole image resized to this height and width, for a model that predicts maps."""
+    return {
+        "images": resize(image.pixels, size),
+        "sizes": torch.tensor(size),
+        "own_sizes": torch.tensor(image.size),
+    }
+
+
+def box_annotations(boxes: Tensor, labels: Tensor, scores: Tensor) -> list[dict[str, Any]]:
+    """COCO annotations of boxes (K, 4) xyxy, with classes and scores (K,)."""
+    rows = zip(xywh(boxes).tolist(), labels.tolist(), scores.tolist(), strict=True)
+    return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]

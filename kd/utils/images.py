@@ -19,6 +19,7 @@ from kd.errors import UserError
 VOID = 255  # value of unlabelled pixels in label maps; losses and metrics skip them
 _GREY = 128
 _EXIF_ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)  # orientations whose stored rows are columns of the upright image
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 UNREADABLE = (
     OSError,
@@ -36,10 +37,13 @@ def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def file_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, read from its header."""
+def file_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
+    """Height and width of an image file, read from its header; `upright` as for `read_image`."""
     try:
         with Image.open(path) as file:
+            orientation = file.getexif().get(_EXIF_ORIENTATION, 1) if upright else 1
+            if orientation in _TRANSPOSED:
+                return file.width, file.height
             return file.height, file.width
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot read this image: {error}") from None
@@ -90,7 +94,7 @@ def read_image(
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
     """Undo an EXIF orientation, 1..8, by transposing and flipping the image."""
-    if orientation in (5, 6, 7, 8):  # stored rows are columns of the upright image
+    if orientation in _TRANSPOSED:
         image = image.transpose(1, 2)
     mirror_x, mirror_y = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
     return image.flip([dim for dim, mirrored in ((2, mirror_x), (1, mirror_y)) if mirrored])

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from kd.data.loader import Sample
 from kd.errors import UserError
 from kd.nn.detectors.contract import Detector
-from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
+from kd.problems.inference import (
+    ExportGraph,
+    Inference,
+    InputImage,
+    Prediction,
+    box_annotations,
+)
 from kd.report.boxes import LEAST_SCORE, RIGHT, Marked, boxes_figure, xywh
 from kd.transforms.augment import pad
 from kd.transforms.hide import normalise, valid_pixels
@@ -46,9 +52,7 @@ class Detections(Prediction):
         )  # fmt: skip
 
     def annotations(self) -> list[dict[str, Any]]:
-        rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
-                   strict=True)  # fmt: skip
-        return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
+        return box_annotations(self.boxes, self.labels, self.scores)
 
     def draw(self, image: Tensor) -> Figure:
         best = self.above(LEAST_SCORE)

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from kd.data.loader import Sample
 from kd.problems.base import named
-from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
+from kd.problems.inference import (
+    ExportGraph,
+    Inference,
+    InputImage,
+    Prediction,
+    box_annotations,
+)
 from kd.problems.objects.batch import hidden_boxes, image_rows
 from kd.report.boxes import RIGHT, Marked, boxes_figure, xywh
 from kd.report.style import INK, image_panels
@@ -52,9 +58,7 @@ class ObjectClasses(Prediction):
 
     def annotations(self) -> list[dict[str, Any]]:
         """A COCO annotation for each box."""
-        rows = zip(xywh(self.boxes).tolist(), self.labels.tolist(), self.scores.tolist(),
-                   strict=True)  # fmt: skip
-        return [{"bbox": box, "category_id": label, "score": score} for box, label, score in rows]
+        return box_annotations(self.boxes, self.labels, self.scores)
 
     def draw(self, image: Tensor) -> Figure:
         """Draw the boxes with their classes."""

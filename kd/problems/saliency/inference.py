@@ -7,21 +7,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd.data.loader import Sample
 from kd.problems.base import named
-from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
+from kd.problems.inference import (
+    ExportGraph,
+    Inference,
+    InputImage,
+    Prediction,
+    whole_sample,
+)
 from kd.problems.saliency.data import input_size
 from kd.problems.saliency.evaluation import heated
 from kd.problems.saliency.task import SALIENCY, density_of
 from kd.problems.segmentation.task import on_grid
 from kd.report.style import INK, image_panels
 from kd.transforms.hide import normalise
-from kd.utils.images import resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +84,7 @@ class SaliencyInference(Inference):
         self.frame = frame
 
     def samples(self, image: InputImage) -> list[Sample]:
-        pixels = resize(image.pixels, input_size(image.size, self.frame))
-        sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
-        return [{"images": pixels, **sizes}]
+        return [whole_sample(image, input_size(image.size, self.frame))]
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
         return SaliencyGraph(model, task)

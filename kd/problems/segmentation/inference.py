@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd.data.loader import Sample
 from kd.problems.base import named
-from kd.problems.inference import ExportGraph, Inference, InputImage, Prediction
+from kd.problems.inference import (
+    ExportGraph,
+    Inference,
+    InputImage,
+    Prediction,
+    whole_sample,
+)
 from kd.problems.segmentation.data import input_size
 from kd.problems.segmentation.task import on_grid
 from kd.report.overlay import overlay_figure
-from kd.utils.images import resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +75,7 @@ class SegmentationInference(Inference):
         self.size = size
 
     def samples(self, image: InputImage) -> list[Sample]:
-        pixels = resize(image.pixels, input_size(image.size, self.size))
-        sizes = {"sizes": torch.tensor(pixels.shape[1:]), "own_sizes": torch.tensor(image.size)}
-        return [{"images": pixels, **sizes}]
+        return [whole_sample(image, input_size(image.size, self.size))]
 
     def graph(self, model: nn.Module, task: Any) -> ExportGraph:
         return SegmentationGraph(model, task)

@@ -138,10 +138,10 @@ def test_every_kind_of_image_gives_the_same(
     files = sorted(val_images["objects"].glob("*.png"))[:3]
     boxes = [boxes_of(students["objects"], file) for file in files]
     paths = model.predict([str(file) for file in files], boxes)
-    pictures = [Image.open(file) for file in files]
-    arrays = [np.array(picture.convert("RGB")) for picture in pictures]
+    opened = [Image.open(file) for file in files]
+    arrays = [np.array(image.convert("RGB")) for image in opened]
     tensors = [read_image(file, None) for file in files]
-    for images in (pictures, arrays, tensors):
+    for images in (opened, arrays, tensors):
         for one, other in zip(model.predict(images, boxes, batch_size=2), paths, strict=True):
             torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=0)
     many = torch.tensor(boxes[0]).repeat(MOST_BOXES, 1)
