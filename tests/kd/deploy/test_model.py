@@ -17,6 +17,7 @@ import kd
 from kd.engine.checkpoint import load_model, save_model
 from kd.evaluation.predict import open_run
 from kd.problems.detection.inference import Detections
+from kd.problems.inference import read_input
 from kd.problems.objects.inference import MOST_BOXES, ObjectClasses
 from kd.problems.saliency.inference import SaliencyMap
 from kd.problems.segmentation.inference import LabelMap
@@ -200,3 +201,15 @@ def test_import_is_light_and_the_public_names_exist() -> None:
     assert ran.returncode == 0 and ran.stdout.strip() == "False", ran.stderr
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         kd.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_of_a_file_is_that_of_its_upright_pixels(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / "photo.jpg"
+    Image.new("RGB", (40, 24)).save(file, exif=exif)
+    for long_side in (None, 20):
+        image = read_input(file, long_side)
+        assert image.size == tuple(read_image(file, None, upright=True).shape[1:])
+        assert (image.pixels.shape[1] < image.pixels.shape[2]) == (image.size[0] < image.size[1])
